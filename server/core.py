@@ -1,0 +1,61 @@
+"""The nouns that several layers share. Plain Python: no torch, no web framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+DEFAULT_TENANT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    """A linear layer of the decoder, as LoRA sees it: y [out_features] = W x [in_features] + bias."""
+
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class BaseInfo:
+    """What an adapter must fit: the base model's identity and its linear layers.
+
+    `known_as` holds the names that an adapter's `base_model_name_or_path` may carry. `linears` maps the full module
+    name (as in `named_modules()` of the causal LM, e.g. `model.layers.0.self_attn.q_proj`) to its shape, in model
+    order; `other_modules` are the names of every other module, so that a refusal can say why.
+    """
+
+    name: str
+    known_as: frozenset[str]
+    digest: str
+    model_type: str
+    model_class: str
+    linears: Mapping[str, LinearShape]
+    other_modules: frozenset[str] = frozenset()
+    names_verifiable: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One immutable version of an adapter: what `PUT /adapters/<name>` answers."""
+
+    name: str
+    version: int
+    digest: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    parameters: int
+    bytes: int
+    kind: str
+    base: str
+    created: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """The exact weights that a request runs on. Every cache, slot and answer is keyed by `digest`."""
+
+    name: str
+    version: int
+    digest: str

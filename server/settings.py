@@ -1,0 +1,71 @@
+"""Every setting, its default and its bounds; read from `ONEBASE_*` variables and from the flags of `onebase serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+MIB = 1024**2
+GIB = 1024**3
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class Settings(BaseSettings):
+    """The server's settings. Sizes are bytes, lengths are tokens, times are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="ONEBASE_", extra="ignore", validate_default=True)
+
+    base: str = Field("smollm2-135m", description="smollm2-135m, org/name[@revision], a directory, or a .gguf file")
+    base_names: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma list: further model names under which adapters for this base may be uploaded"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: float32 on CPU, bfloat16 on CUDA"
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one a core")
+    data_dir: Path = Field(Path("~/.local/share/onebase"), description="adapters, converted models, the ledger")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    auth: Literal["off"] = Field("off", description="off: everything belongs to the default tenant")
+    insecure: bool = Field(False, description="allow AUTH=off on an address that others can reach")
+
+    ram_cache_bytes: int = Field(2 * GIB, ge=0, description="adapters kept in RAM, least recently used go first")
+    adapter_slots: int = Field(32, ge=1, le=4096, description="adapters on the device at once")
+    max_rank: int = Field(64, ge=1, le=4096, description="largest LoRA rank an upload may have")
+    preload: Path | None = Field(None, description="directory of adapter directories, registered at start")
+    max_upload_bytes: int = Field(512 * MIB, ge=1, description="largest adapter upload")
+    adapter_sources: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma list of URL prefixes that PUT {source} may read, e.g. hf://acme/,file:///srv/adapters/"
+    )
+
+    max_batch_tokens: int = Field(512, ge=16, le=1 << 20, description="tokens of one step")
+    max_running: int = Field(64, ge=1, le=4096, description="sequences in the batch at once")
+    kv_cache_tokens: int = Field(0, ge=0, description="tokens the KV cache holds; 0: sized from free memory")
+    max_queue_requests: int = Field(1024, ge=1, description="requests waiting or running; more are answered 503")
+    max_queue_tokens: int = Field(2_000_000, ge=1, description="prompt + max_tokens of all of them")
+    max_context: int = Field(0, ge=0, description="longest prompt + max_tokens; 0: what the base allows")
+    prefix_cache: bool = True
+    drain_seconds: float = Field(30.0, ge=0, le=3600, description="how long SIGTERM waits for running requests")
+
+    @field_validator("base_names", "adapter_sources", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("data_dir", "preload")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value.expanduser().absolute() if value else None
+
+    @model_validator(mode="after")
+    def _refuse_open_server(self) -> Self:
+        if self.auth == "off" and self.host not in LOOPBACK and not self.insecure:
+            raise ValueError(
+                f"AUTH=off on {self.host} would let anyone who reaches it upload and use adapters; "
+                "bind 127.0.0.1, or say --insecure"
+            )
+        return self
