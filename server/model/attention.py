@@ -1,0 +1,264 @@
+"""Paged attention for packed batches, plugged in through transformers' attention interface.
+
+A step is one packed row `[1, tokens]`: decode rows bring one token each, prefill chunks a run of tokens. Keys and
+values live in a pool of fixed-size blocks (Kwon et al. 2023, "PagedAttention"); the pool is laid out head by head,
+so that gathering a row's blocks yields what a batched matmul wants without a transposing copy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+NAME = "onebase"
+
+# What a family may hand to its attention that changes the result in a way this module does not compute.
+UNSUPPORTED = ("softcap", "s_aux", "position_bias", "head_mask")
+
+_current = threading.local()  # the batch of the step that this thread is running
+
+
+class UnsupportedAttention(RuntimeError):
+    """The base's attention needs something that this server does not compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """One layer's keys [kv_heads, token, key_dim] and values [kv_heads, token, value_dim]."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class KVPool:
+    """Keys and values of every block, per layer: [kv_heads, blocks * block_size, dim].
+
+    One block more than `blocks` is kept, always zero: tables of different lengths are padded with it. A stale NaN
+    behind a mask would still reach its neighbour (0 x NaN = NaN), so what a row can gather is zero until it is written.
+    """
+
+    def __init__(
+        self, shapes: dict[int, KVShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
+        self.blocks, self.block_size, self.null_block = blocks, block_size, blocks
+        tokens = (blocks + 1) * block_size
+
+        def zeros(heads: int, dim: int) -> torch.Tensor:
+            return torch.zeros(heads, tokens, dim, dtype=dtype, device=device)
+
+        self.keys = {layer: zeros(s.kv_heads, s.key_dim) for layer, s in shapes.items()}
+        self.values = {layer: zeros(s.kv_heads, s.value_dim) for layer, s in shapes.items()}
+
+    def clear(self, blocks: torch.Tensor) -> None:
+        """Zeroes whole blocks; `blocks` [n] int64."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors.values():
+                tensor.view(tensor.shape[0], -1, self.block_size, tensor.shape[2]).index_fill_(1, blocks, 0)
+
+    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Stores key and value [kv_heads, tokens, dim] at `slots` [tokens] (block * block_size + offset)."""
+        self.keys[layer].index_copy_(1, slots, key)
+        self.values[layer].index_copy_(1, slots, value)
+
+    def gather(self, layer: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the blocks in `table` [n], in that order: [kv_heads, n * block_size, dim] each."""
+
+        def take(pool: torch.Tensor) -> torch.Tensor:
+            heads, _, dim = pool.shape
+            blocks = pool.view(heads, -1, self.block_size * dim).index_select(1, table)
+            return blocks.view(heads, -1, dim)
+
+        return take(self.keys[layer]), take(self.values[layer])
+
+
+@dataclass
+class DecodeGroup:
+    """Rows of one new token each whose contexts are about as long.
+
+    `tokens` [rows]: where each row's token lies in the packed step. `table` [rows * blocks]: each row's block ids,
+    padded with the null block. `positions` [rows]: the position of the new token, so keys 0..position are visible.
+    """
+
+    tokens: torch.Tensor
+    table: torch.Tensor
+    positions: torch.Tensor
+    length: int
+    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
+        """Additive mask [rows, 1, length]: 0 where a key is visible, -inf elsewhere."""
+        if window not in self._masks:
+            keys = torch.arange(self.length, device=self.positions.device)
+            hidden = keys > self.positions[:, None]
+            if window is not None:
+                hidden |= keys <= self.positions[:, None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+            self._masks[window] = mask[:, None]
+        return self._masks[window]
+
+
+@dataclass
+class PrefillChunk:
+    """A run of one row's prompt: packed tokens start..end, after `context` tokens that the pool holds already."""
+
+    start: int
+    end: int
+    context: int
+    table: torch.Tensor
+    _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """Boolean mask [new, context + new], True where visible; None when plain causal says it all."""
+        if window not in self._masks:
+            new, length = self.end - self.start, self.context + self.end - self.start
+            plain = self.context == 0 and (window is None or length <= window)
+            self._masks[window] = None if plain else self._visible(new, length, window)
+        return self._masks[window]
+
+    def _visible(self, new: int, length: int, window: int | None) -> torch.Tensor:
+        keys = torch.arange(length, device=self.table.device)
+        queries = torch.arange(self.context, length, device=self.table.device)[:, None]
+        visible = keys <= queries
+        return visible if window is None else visible & (keys > queries - window)
+
+
+@dataclass
+class AttentionBatch:
+    """What attention needs to know of a step. `slots` [tokens] is where each token's key and value go."""
+
+    pool: KVPool
+    slots: torch.Tensor
+    groups: list[DecodeGroup]
+    chunks: list[PrefillChunk]
+
+    def run(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """query [heads, tokens, dim], key and value [kv_heads, tokens, dim] -> [tokens, heads, value_dim]."""
+        self.pool.write(layer, self.slots, key, value)
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+        for group in self.groups:
+            out.index_copy_(0, group.tokens, self._decode(group, layer, query, scale, window))
+        for chunk in self.chunks:
+            out[chunk.start : chunk.end] = self._prefill(chunk, layer, query, key, value, scale, window)
+        return out
+
+    def _decode(
+        self, group: DecodeGroup, layer: int, query: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """One query per row. The query heads that share a KV head are laid as the rows of one matmul."""
+        key, value = self.pool.gather(layer, group.table)
+        rows, (heads, _, dim), kv_heads = len(group.tokens), query.shape, key.shape[0]
+        batch, per = kv_heads * rows, heads // kv_heads
+        q = query.index_select(1, group.tokens).view(kv_heads, per, rows, dim).transpose(1, 2).reshape(batch, per, dim)
+        mask = group.mask(window, query.dtype).expand(kv_heads, rows, per, -1).reshape(batch, per, -1)
+        keys = key.view(batch, group.length, dim).transpose(1, 2)
+        scores = torch.baddbmm(mask, q, keys, alpha=scale)
+        weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+        mixed = torch.bmm(weights, value.view(batch, group.length, -1))
+        return mixed.view(kv_heads, rows, per, -1).transpose(0, 1).reshape(rows, heads, -1)
+
+    def _prefill(
+        self,
+        chunk: PrefillChunk,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        if chunk.context:
+            key, value = self.pool.gather(layer, chunk.table)
+            length = chunk.context + chunk.end - chunk.start
+            key, value = key[:, :length], value[:, :length]
+        else:
+            key, value = key[:, chunk.start : chunk.end], value[:, chunk.start : chunk.end]
+        (heads, _, dim), kv_heads, new = query.shape, key.shape[0], chunk.end - chunk.start
+        q = query[:, chunk.start : chunk.end].reshape(kv_heads, heads // kv_heads, new, dim)
+        shape = (-1, heads // kv_heads, -1, -1)
+        mask = chunk.mask(window)
+        mixed = scaled_dot_product_attention(
+            q,
+            key[:, None].expand(shape),
+            value[:, None].expand(shape),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+        )
+        return mixed.reshape(heads, new, -1).transpose(0, 1)
+
+
+@dataclass
+class _Probe:
+    """Stands in for a batch while the base is loaded: notes every layer's shapes, computes plain causal attention."""
+
+    shapes: dict[int, KVShape] = field(default_factory=dict)
+
+    def run(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        self.shapes[layer] = KVShape(key.shape[0], key.shape[2], value.shape[2])
+        per = query.shape[0] // key.shape[0]
+        key, value = key.repeat_interleave(per, 0), value.repeat_interleave(per, 0)
+        return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(0, 1)
+
+
+@contextlib.contextmanager
+def step(batch: AttentionBatch | _Probe) -> Iterator[None]:
+    """Makes `batch` the one that attention calls of this thread refer to."""
+    _current.batch = batch
+    try:
+        yield
+    finally:
+        del _current.batch
+
+
+def probe(model: nn.Module) -> dict[int, KVShape]:
+    """Runs two tokens through `model` and returns each attention layer's KV shape.
+
+    Raises UnsupportedAttention when the family does not go through the attention interface in every layer.
+    """
+    device = next(model.parameters()).device
+    ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+    recorder = _Probe()
+    with torch.inference_mode(), step(recorder):
+        model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    expected = model.config.get_text_config().num_hidden_layers
+    if len(recorder.shapes) != expected:
+        raise UnsupportedAttention(
+            f"{len(recorder.shapes)} of {expected} layers of {type(model).__name__} use the attention interface"
+        )
+    return recorder.shapes
+
+
+def _forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [1, heads, tokens, dim] each -> [1, tokens, heads, dim]."""
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedAttention(f"{type(module).__name__} uses '{name}', which this server does not compute")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = _current.batch.run(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
+    return out[None], None
+
+
+AttentionInterface.register(NAME, _forward)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
