@@ -1,0 +1,101 @@
+"""The device tier: a fixed number of slots, each holding one adapter, least recently used out first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.lora.weights import AdapterWeights
+
+
+@dataclass
+class Slot:
+    """One place on the device. `weights` is None while the adapter is on its way; `references` are live requests."""
+
+    digest: str
+    weights: AdapterWeights | None = None
+    references: int = 0
+    used: int = 0
+    draining: bool = False
+
+
+class Bank:
+    """Owned by the engine's thread, hence no lock. An adapter is found by its content digest and by nothing else."""
+
+    def __init__(self, slots: int):
+        self.capacity = slots
+        self._slots: dict[str, Slot] = {}
+        self._clock = 0
+        self.hits = self.misses = self.evictions = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the adapters on the device."""
+        return sum(slot.weights.nbytes for slot in self._slots.values() if slot.weights)
+
+    @property
+    def references(self) -> int:
+        """Live references over all slots; 0 when the engine is idle."""
+        return sum(slot.references for slot in self._slots.values())
+
+    def digests(self) -> set[str]:
+        """What is resident and ready."""
+        return {digest for digest, slot in self._slots.items() if slot.weights}
+
+    def holds(self, digest: str) -> bool:
+        """Whether the adapter is resident or on its way."""
+        return digest in self._slots
+
+    def acquire(self, digest: str) -> AdapterWeights | None:
+        """Takes one reference and returns the weights, or None: not here, not here yet, or being drained."""
+        slot = self._slots.get(digest)
+        if slot is None or slot.weights is None or slot.draining:
+            return None
+        self._clock += 1
+        slot.references, slot.used = slot.references + 1, self._clock
+        return slot.weights
+
+    def release(self, digest: str) -> None:
+        """Gives one reference back."""
+        slot = self._slots[digest]
+        if slot.references < 1:
+            raise AssertionError(f"{digest} released more often than acquired")
+        slot.references -= 1
+
+    def reserve(self, digest: str) -> bool:
+        """Makes room for an adapter about to be loaded; False when every slot is referenced or on its way."""
+        if len(self._slots) >= self.capacity:
+            idle = [slot for slot in self._slots.values() if slot.weights and not slot.references]
+            if not idle:
+                return False
+            # A draining slot was emptied for a starved request: it goes before the least recently used.
+            victim = min(idle, key=lambda slot: (not slot.draining, slot.used))
+            del self._slots[victim.digest]
+            self.evictions += 1
+        self._clock += 1
+        self._slots[digest] = Slot(digest, used=self._clock)
+        self.misses += 1
+        return True
+
+    def fill(self, digest: str, weights: AdapterWeights) -> None:
+        """The reserved slot's adapter has arrived."""
+        self._slots[digest].weights = weights
+
+    def abandon(self, digest: str) -> None:
+        """The reserved slot's adapter could not be loaded."""
+        slot = self._slots.get(digest)
+        if slot is not None and slot.weights is None:
+            del self._slots[digest]
+
+    def drain_one(self) -> None:
+        """Closes the slot with the fewest references to newcomers, so that it falls free; at most one at a time."""
+        ready = [slot for slot in self._slots.values() if slot.weights]
+        if ready and not any(slot.draining for slot in self._slots.values()):
+            min(ready, key=lambda slot: (slot.references, slot.used)).draining = True
+
+    def reopen(self) -> None:
+        """Nobody starves any more: a slot that was being drained takes requests again."""
+        for slot in self._slots.values():
+            slot.draining = False
