@@ -1,0 +1,120 @@
+"""The RAM tier: adapters as tensors, least recently used first out, bounded by bytes."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from server.lora.weights import AdapterWeights
+
+
+class AdapterCache:
+    """Adapters by digest. `used_bytes` never exceeds `capacity_bytes`, not even for a moment.
+
+    Adapters that are still being loaded, or that somebody holds after they were evicted, are not counted: they belong
+    to whoever asked for them. Safe to call from several threads; no lock is held while loading.
+    """
+
+    def __init__(self, load: Callable[[str], AdapterWeights], capacity_bytes: int):
+        self._load = load
+        self._capacity = capacity_bytes
+        self._lock = threading.Lock()
+        self._held: OrderedDict[str, AdapterWeights] = OrderedDict()
+        self._loading: dict[str, Future[AdapterWeights]] = {}
+        self._used = self._hits = self._misses = self._evictions = 0
+
+    def get(self, digest: str) -> AdapterWeights:
+        """The adapter, from RAM or loaded now. One load a digest however many threads ask; raises what `load` raises.
+
+        A failed load is not remembered. An adapter larger than the capacity is returned and not kept.
+        """
+        with self._lock:
+            held = self._held.get(digest)
+            if held is not None:
+                self._held.move_to_end(digest)
+                self._hits += 1
+                return held
+            self._misses += 1
+            loading = self._loading.get(digest)
+            mine = loading is None
+            if loading is None:
+                loading = self._loading[digest] = Future()
+        if mine:
+            self._run(digest, loading)
+        return loading.result()
+
+    def peek(self, digest: str) -> bool:
+        """Whether the adapter is in RAM. Does not count as a use."""
+        with self._lock:
+            return digest in self._held
+
+    def drop(self, digest: str) -> None:
+        """Forget an adapter; one that is being loaded reaches those who wait for it and is not kept."""
+        with self._lock:
+            self._loading.pop(digest, None)
+            self._forget(digest)
+
+    def _run(self, digest: str, loading: Future[AdapterWeights]) -> None:
+        try:
+            weights = self._load(digest)
+        except BaseException as exc:
+            with self._lock:
+                self._finish(digest, loading)
+            loading.set_exception(exc)
+            return
+        with self._lock:
+            if self._finish(digest, loading):
+                self._keep(digest, weights)
+        loading.set_result(weights)
+
+    def _finish(self, digest: str, loading: Future[AdapterWeights]) -> bool:
+        """Take the load off the list; whether it still stood there (it was not dropped meanwhile)."""
+        if self._loading.get(digest) is not loading:
+            return False
+        del self._loading[digest]
+        return True
+
+    def _keep(self, digest: str, weights: AdapterWeights) -> None:
+        if weights.nbytes > self._capacity:
+            return
+        self._forget(digest)
+        while self._used + weights.nbytes > self._capacity:
+            self._forget(next(iter(self._held)))
+            self._evictions += 1
+        self._held[digest] = weights
+        self._used += weights.nbytes
+
+    def _forget(self, digest: str) -> None:
+        weights = self._held.pop(digest, None)
+        if weights is not None:
+            self._used -= weights.nbytes
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of all adapters that are kept."""
+        return self._used
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The most bytes that are kept."""
+        return self._capacity
+
+    @property
+    def hits(self) -> int:
+        """How often an adapter was in RAM when it was asked for."""
+        return self._hits
+
+    @property
+    def misses(self) -> int:
+        """How often it was not, waiting for somebody else's load included."""
+        return self._misses
+
+    @property
+    def evictions(self) -> int:
+        """How many adapters made room for others."""
+        return self._evictions
