@@ -1,0 +1,129 @@
+"""Lays out the work of a step as one packed row of tokens, and describes it to attention and LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from server.engine.scheduler import Work
+from server.lora.layers import LoraBatch
+from server.lora.stack import AdapterStack
+from server.lora.weights import AdapterWeights
+from server.model.attention import AttentionBatch, DecodeGroup, KVPool, PrefillChunk
+
+# From this many tokens of one adapter on, two matmuls of its own cost less than its share of the masked ones.
+SEGMENT = 32
+# A decode row joins a group of longer rows while at least this share of the group's keys is its own.
+_FILL = 0.7
+
+
+@dataclass
+class Batch:
+    """One step. `ids`, `positions` [1, tokens]; `logits_at` [rows]: the packed places of the tokens to sample
+    after (one of no use where nothing is sampled)."""
+
+    work: list[Work]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    logits_at: torch.Tensor
+    sampled: list[Work]
+    attention: AttentionBatch
+    lora: LoraBatch | None
+    fresh: torch.Tensor | None
+
+
+def build(work: Seq[Work], pool: KVPool, stack: AdapterStack, device: torch.device) -> Batch:
+    """Tokens are ordered base first, then rows of adapters, then long runs of one adapter."""
+    ordered = sorted(work, key=_place)
+    starts, end = [], 0
+    for item in ordered:
+        starts.append(end)
+        end += item.count
+    ids, positions, slots, last = [], [], [], []
+    for item, start in zip(ordered, starts, strict=True):
+        sequence, first = item.sequence, item.sequence.computed
+        ids += sequence.tokens[first : first + item.count]
+        positions += range(first, first + item.count)
+        slots += _slots(sequence.blocks, first, item.count, pool.block_size)
+        if item.samples:
+            last.append(start + item.count - 1)
+    tensor = _to(device)
+    groups, chunks = _attention(ordered, starts, pool, tensor)
+    fresh = [block for item in ordered for block in item.fresh]
+    return Batch(
+        work=ordered,
+        ids=tensor(ids)[None],
+        positions=tensor(positions)[None],
+        logits_at=tensor(last or [0]),
+        sampled=[item for item in ordered if item.samples],
+        attention=AttentionBatch(pool, tensor(slots), groups, chunks),
+        lora=_lora(ordered, starts, stack, tensor),
+        fresh=tensor(fresh) if fresh else None,
+    )
+
+
+def _place(item: Work) -> tuple[int, int]:
+    if item.sequence.request.weights is None:
+        return 0, -item.sequence.computed
+    return (1 if item.count < SEGMENT else 2), -item.sequence.computed
+
+
+def _to(device: torch.device):  # type: ignore[no-untyped-def]
+    return lambda values: torch.tensor(values, dtype=torch.long, device=device)
+
+
+def _slots(blocks: list[int], first: int, count: int, size: int) -> list[int]:
+    return [blocks[at // size] * size + at % size for at in range(first, first + count)]
+
+
+def _attention(ordered: list[Work], starts: list[int], pool: KVPool, tensor):  # type: ignore[no-untyped-def]
+    decodes, chunks = [], []
+    for item, start in zip(ordered, starts, strict=True):
+        if item.count == 1:
+            decodes.append((start, item))
+        else:
+            context = item.sequence.computed
+            blocks = -(-(context + item.count) // pool.block_size)
+            table = tensor(item.sequence.blocks[:blocks])
+            chunks.append(PrefillChunk(start, start + item.count, context, table))
+    return [_group(rows, pool, tensor) for rows in _by_length(decodes)], chunks
+
+
+def _by_length(decodes: list[tuple[int, Work]]) -> list[list[tuple[int, Work]]]:
+    """Groups of rows of similar context, so that little of a gathered table is padding."""
+    groups: list[list[tuple[int, Work]]] = []
+    for row in sorted(decodes, key=lambda row: -row[1].sequence.computed):
+        longest = groups[-1][0][1].sequence.computed + 1 if groups else 0
+        if groups and row[1].sequence.computed + 1 >= _FILL * longest:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return groups
+
+
+def _group(rows: list[tuple[int, Work]], pool: KVPool, tensor) -> DecodeGroup:  # type: ignore[no-untyped-def]
+    width = max(item.sequence.computed // pool.block_size + 1 for _, item in rows)
+    table: list[int] = []
+    for _, item in rows:
+        blocks = item.sequence.blocks[: item.sequence.computed // pool.block_size + 1]
+        table += blocks + [pool.null_block] * (width - len(blocks))
+    positions = [item.sequence.computed for _, item in rows]
+    return DecodeGroup(tensor([start for start, _ in rows]), tensor(table), tensor(positions), width * pool.block_size)
+
+
+def _lora(ordered: list[Work], starts: list[int], stack: AdapterStack, tensor) -> LoraBatch | None:  # type: ignore[no-untyped-def]
+    mixed: list[tuple[int, int, AdapterWeights]] = []
+    segments: list[tuple[int, int, AdapterWeights]] = []
+    for item, start in zip(ordered, starts, strict=True):
+        weights = item.sequence.request.weights
+        if weights is not None:
+            (mixed if item.count < SEGMENT else segments).append((start, start + item.count, weights))
+    if not mixed and not segments:
+        return None
+    if not mixed:
+        return LoraBatch(stack, 0, 0, None, segments)
+    numbers = stack.activate([weights for _, _, weights in mixed])
+    owners = [numbers[weights.digest] for start, end, weights in mixed for _ in range(end - start)]
+    return LoraBatch(stack, mixed[0][0], mixed[-1][1], tensor(owners), segments)

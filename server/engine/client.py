@@ -1,0 +1,128 @@
+"""The engine as asyncio sees it: submit a request, read its events, cancel it. Keeps the queue within its bounds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+from server.engine.engine import Engine
+from server.engine.messages import Delta, Done, Event, Stats, Submit
+from server.errors import Overloaded
+
+
+class Stream:
+    """The events of one request: any number of Deltas, then one Done."""
+
+    def __init__(self, submit: Submit, on_done: Callable[[Done], None]):
+        self.submit, self.on_done = submit, on_done
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    async def __aiter__(self) -> AsyncIterator[Delta | Done]:
+        while True:
+            event = await self._events.get()
+            yield event
+            if isinstance(event, Done):
+                return
+
+    def put(self, event: Event) -> None:
+        """Called on the event loop."""
+        self._events.put_nowait(event)
+
+
+class EngineClient:
+    """Used from one event loop. `max_requests` and `max_tokens` bound what is open at once."""
+
+    def __init__(self, *, max_requests: int, max_tokens: int):
+        self.max_requests, self.max_tokens = max_requests, max_tokens
+        self.open_tokens = 0
+        self.draining = False
+        self._streams: dict[str, Stream] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._engine: Engine | None = None
+
+    def attach(self, engine: Engine) -> None:
+        """Starts `engine`, whose `emit` must be this client's. Called on the event loop."""
+        self._loop, self._engine = asyncio.get_running_loop(), engine
+        engine.start()
+
+    @property
+    def open_requests(self) -> int:
+        """Requests without their Done."""
+        return len(self._streams)
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken and the engine runs."""
+        return self._engine is not None and self._engine.alive and not self.draining
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's latest figures."""
+        return self._engine.stats if self._engine else Stats()
+
+    def emit(self, events: list[Event]) -> None:
+        """The engine's way out; called on its thread."""
+        assert self._loop is not None
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(self._dispatch, events)
+
+    def submit(self, submit: Submit, on_done: Callable[[Done], None]) -> Stream:
+        """Hands a request to the engine. `on_done` is called once, whether or not anybody still reads the stream.
+
+        Raises Overloaded when the queue is full or the server is draining; then `on_done` is not called.
+        """
+        worst = self._worst(submit)
+        if not self.ready:
+            raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
+        if len(self._streams) >= self.max_requests:
+            raise Overloaded(f"the queue is full ({self.max_requests} requests)", code="queue_full", retry_after=1)
+        if self.open_tokens + worst > self.max_tokens:
+            raise Overloaded(f"the queue is full ({self.max_tokens} tokens)", code="queue_full", retry_after=1)
+        stream = Stream(submit, on_done)
+        self._streams[submit.id] = stream
+        self.open_tokens += worst
+        self._idle.clear()
+        assert self._engine is not None
+        self._engine.submit(submit)
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """The client has gone. The request still ends with a Done."""
+        if self._engine is not None and request_id in self._streams:
+            self._engine.cancel(request_id)
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes no more requests and waits for the open ones; False when some were still open after `seconds`."""
+        self.draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Stops the engine; what is still open ends with an error."""
+        self.draining = True
+        if self._engine is not None and self._engine.alive:
+            await asyncio.to_thread(self._engine.stop)
+            await asyncio.sleep(0)  # lets the last events be dispatched
+
+    def _dispatch(self, events: list[Event]) -> None:
+        for event in events:
+            stream = self._streams.get(event.id)
+            if stream is None:
+                continue
+            if isinstance(event, Done):
+                del self._streams[event.id]
+                self.open_tokens -= self._worst(stream.submit)
+                stream.on_done(event)
+                if not self._streams:
+                    self._idle.set()
+            stream.put(event)
+
+    @staticmethod
+    def _worst(submit: Submit) -> int:
+        return (len(submit.prompt) + submit.sampling.max_tokens) * submit.n

@@ -1,0 +1,216 @@
+"""The engine: one thread that owns scheduler, blocks, slots and model. Commands come in, events go out.
+
+A step is schedule -> forward -> sample -> events. Every request that is submitted gets exactly one `Done`.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+import torch
+
+from server.engine.blocks import chain_seed
+from server.engine.loading import AdapterLoader
+from server.engine.messages import Cancel, Delta, Done, Event, Loaded, Residency, Stats, Submit
+from server.engine.runner import Runner
+from server.engine.sampler import Choice
+from server.engine.scheduler import Scheduler, Work
+from server.engine.sequence import Request, Sequence
+from server.engine.text import TextStream
+from server.errors import EngineFailure, OnebaseError, Overloaded
+from server.lora.bank import Bank
+from server.lora.stack import AdapterStack
+from server.lora.weights import AdapterWeights
+
+log = logging.getLogger("onebase.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends the engine; requests that are still open end with `fault`."""
+
+    fault: OnebaseError
+
+
+class Engine:
+    """Runs until `stop`. `emit` is called on the engine's thread with the events of a step, in order."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        bank: Bank,
+        *,
+        fetch: Callable[[str], AdapterWeights],
+        emit: Callable[[list[Event]], None],
+        threads: int = 0,
+    ):
+        self._runner, self._scheduler, self._emit, self._threads = runner, scheduler, emit, threads
+        self._inbox: queue.SimpleQueue[Submit | Cancel | Loaded | Stop] = queue.SimpleQueue()
+        self._loader = AdapterLoader(bank, fetch, self._inbox.put, runner.base.device)
+        self._requests: dict[str, Request] = {}
+        self._events: list[Event] = []
+        self._order = 0
+        self._fault: OnebaseError | None = None
+        self.stats = Stats(blocks=scheduler.pool.count, slots=bank.capacity)
+        self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, submit: Submit) -> None:
+        """From any thread. Ends in exactly one Done."""
+        self._inbox.put(submit)
+
+    def cancel(self, request_id: str) -> None:
+        """From any thread; of no effect on a request that has ended."""
+        self._inbox.put(Cancel(request_id))
+
+    def stop(self, fault: OnebaseError | None = None) -> None:
+        """From any thread: ends the engine and waits for it."""
+        self._inbox.put(Stop(fault or Overloaded("the server is shutting down", code="shutting_down")))
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+        while self._fault is None:
+            self._receive(block=not self._scheduler.running and not self._placeable())
+            self._loader.serve()
+            work = self._scheduler.schedule() if self._fault is None else []
+            if work:
+                self._step(work)
+            self._publish()
+        self._loader.close()
+        for request in list(self._requests.values()):
+            self._end(request, "error", self._fault)
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, Submit):
+                self._events.append(Done(message.id, "error", 0, 0, 0, Residency(), self._fault))
+        self._publish()
+
+    def _placeable(self) -> bool:
+        return any(sequence.request.ready for sequence in self._scheduler.waiting)
+
+    def _receive(self, block: bool) -> None:
+        """Handles the messages that are there; if there is nothing else to do, waits for one."""
+        while block or not self._inbox.empty():
+            message = self._inbox.get()
+            block = False
+            if isinstance(message, Submit):
+                self._open(message)
+            elif isinstance(message, Cancel):
+                request = self._requests.get(message.id)
+                if request is not None:
+                    self._end(request, "cancelled")
+            elif isinstance(message, Loaded):
+                for request in self._loader.arrived(message):
+                    self._end(request, "error", message.fault)
+            else:
+                self._fault = message.fault
+
+    def _open(self, submit: Submit) -> None:
+        adapter = submit.adapter.digest if submit.adapter else ""
+        seed = chain_seed(self._runner.base.info.digest.encode(), adapter.encode(), submit.salt)
+        request = Request(submit, seed, monotonic())
+        self._requests[submit.id] = request
+        if submit.adapter is not None:
+            self._loader.want(request)
+        for index in range(submit.n):
+            self._order += 1
+            text = TextStream(self._runner.base.tokenizer, submit.sampling.stop)
+            sequence = Sequence(request, index, self._order, list(submit.prompt), text)
+            request.sequences.append(sequence)
+            self._scheduler.add(sequence)
+
+    def _step(self, work: list[Work]) -> None:
+        try:
+            choices = self._runner.run(work)
+        except Exception:  # a failed step costs the rows that were in it, and nobody else
+            log.exception("a step failed")
+            self._runner.stack = AdapterStack()
+            for item in work:
+                self._end(item.sequence.request, "error", EngineFailure("the step that held this request failed"))
+            return
+        self._scheduler.computed(work)
+        self.stats.steps += 1
+        for item, choice in choices:
+            if item.sequence.finish_reason is None and item.sequence.request.submit.id in self._requests:
+                self._take(item.sequence, choice)
+
+    def _take(self, sequence: Sequence, choice: Choice) -> None:
+        request, sampling = sequence.request, sequence.request.submit.sampling
+        if not choice.finite:
+            fault = EngineFailure("the model's output for this request was not finite", code="not_finite")
+            self._end(request, "error", fault)
+            return
+        sequence.tokens.append(choice.token)
+        self.stats.generated_tokens += 1
+        ended = choice.token in self._runner.base.eos_ids and not sampling.ignore_eos
+        text = "" if ended else sequence.text.push(choice.token)
+        if ended or sequence.text.stopped:
+            sequence.finish_reason = "stop"
+        elif sequence.produced >= sampling.max_tokens:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason:
+            text += sequence.text.finish()
+            if sequence.text.stopped:
+                sequence.finish_reason = "stop"
+            self._scheduler.remove(sequence)
+        logprobs = [choice.logprob] if choice.logprob else []
+        self._events.append(
+            Delta(
+                request.submit.id,
+                sequence.index,
+                text,
+                [choice.token],
+                logprobs,
+                request.residency,
+                sequence.finish_reason,
+            )
+        )
+        if all(s.finish_reason for s in request.sequences):
+            self._end(request, "finished")
+
+    def _end(self, request: Request, outcome: str, error: OnebaseError | None = None) -> None:
+        """The one way a request ends: everything it holds goes back, and its Done goes out."""
+        if self._requests.pop(request.submit.id, None) is None:
+            return
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self._scheduler.remove(sequence)
+        self._loader.give_up(request)
+        cached = request.sequences[0].cached or 0
+        prompt = len(request.submit.prompt)
+        made = sum(sequence.produced for sequence in request.sequences)
+        self.stats.prompt_tokens += prompt
+        self.stats.cached_tokens += cached
+        self.stats.outcomes[outcome] = self.stats.outcomes.get(outcome, 0) + 1
+        self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
+
+    def _publish(self) -> None:
+        scheduler, bank, stats = self._scheduler, self._loader.bank, self.stats
+        stats.running, stats.waiting, stats.loading = (
+            len(scheduler.running),
+            len(scheduler.waiting),
+            len(self._loader),
+        )
+        stats.queued_tokens = sum(request.worst_tokens for request in self._requests.values())
+        stats.blocks_used, stats.preemptions = scheduler.pool.used, scheduler.preemptions
+        stats.resident, stats.slot_bytes, stats.slot_references = bank.digests(), bank.bytes, bank.references
+        stats.slot_evictions, stats.slot_loads, stats.last_step_at = bank.evictions, bank.misses, monotonic()
+        if self._events:
+            events, self._events = self._events, []
+            self._emit(events)

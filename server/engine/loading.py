@@ -1,0 +1,124 @@
+"""Brings adapters to the device beside the step loop, and gives each request the one it waits for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
+
+import torch
+
+from server.engine.messages import Loaded, Residency
+from server.engine.sequence import Request
+from server.errors import AdapterUnavailable, OnebaseError
+from server.lora.bank import Bank
+from server.lora.weights import AdapterWeights, LoraPair
+
+log = logging.getLogger("onebase.engine")
+
+PATIENCE = 2.0  # seconds a request waits for a slot before one is emptied for it
+_THREADS = 2
+
+
+class AdapterLoader:
+    """Requests without their adapter wait here, in the order of arrival; none of them holds anything up.
+
+    Everything but the loading itself happens on the engine's thread, so there are no locks.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        fetch: Callable[[str], AdapterWeights],
+        post: Callable[[Loaded], None],
+        device: torch.device,
+    ):
+        self.bank, self._fetch, self._post, self._device = bank, fetch, post, device
+        self._lacking: dict[str, Request] = {}  # by request id, in the order of arrival
+        # One thread of its own per load: torch's thread pool belongs to the step.
+        self._threads = ThreadPoolExecutor(_THREADS, "onebase-load", initializer=torch.set_num_threads, initargs=(1,))
+
+    def __len__(self) -> int:
+        return len(self._lacking)
+
+    def want(self, request: Request) -> None:
+        """A new request names an adapter; it is given at once if it is resident."""
+        digest = request.digest
+        assert digest is not None
+        request.weights = self.bank.acquire(digest)
+        if request.weights is None:
+            request.residency = Residency(cold=True)
+            self._lacking[request.submit.id] = request
+        else:
+            self.bank.hits += 1
+
+    def give_up(self, request: Request) -> None:
+        """The request has ended: its reference goes back, once."""
+        self._lacking.pop(request.submit.id, None)
+        if request.weights is not None:
+            assert request.digest is not None
+            self.bank.release(request.digest)
+            request.weights = None
+
+    def serve(self) -> None:
+        """Gives adapters that have come to those who wait, and starts loading where there is a slot."""
+        starving, full = False, False
+        for request in list(self._lacking.values()):
+            digest = request.digest
+            assert digest is not None
+            request.weights = self.bank.acquire(digest)
+            if request.weights is not None:
+                del self._lacking[request.submit.id]
+                continue
+            if not self.bank.holds(digest) and not full:
+                if self.bank.reserve(digest):
+                    self._threads.submit(self._load, digest)
+                    continue
+                full = True
+            starving |= full and monotonic() - request.arrived > PATIENCE
+        if starving:
+            self.bank.drain_one()
+        else:
+            self.bank.reopen()
+
+    def arrived(self, message: Loaded) -> list[Request]:
+        """A load has ended; returns the requests that must fail with it."""
+        if message.fault is None:
+            assert isinstance(message.weights, AdapterWeights)
+            self.bank.fill(message.digest, message.weights)
+            for request in self._lacking.values():
+                if request.digest == message.digest:
+                    request.residency = Residency(cold=True, load_ms=(monotonic() - request.arrived) * 1e3)
+            return []
+        self.bank.abandon(message.digest)
+        return [request for request in self._lacking.values() if request.digest == message.digest]
+
+    def close(self) -> None:
+        """Waits for loads under way; none is started any more."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, digest: str) -> None:
+        try:
+            weights = to_device(self._fetch(digest), self._device)
+        except OnebaseError as fault:
+            self._post(Loaded(digest, None, fault))
+        except Exception:  # whatever it is, the requests that wait for it must end
+            log.exception("loading an adapter failed")
+            self._post(Loaded(digest, None, AdapterUnavailable("the adapter could not be loaded")))
+        else:
+            self._post(Loaded(digest, weights, None))
+
+
+def to_device(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
+    """The adapter's tensors on `device`; on the CPU they are where they should be already."""
+    if device.type == "cpu":
+        return weights
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        modules = {
+            name: LoraPair(pair.a.to(device, non_blocking=True), pair.b.to(device, non_blocking=True))
+            for name, pair in weights.modules.items()
+        }
+    stream.synchronize()
+    return AdapterWeights(digest=weights.digest, modules=modules, rank=weights.rank, nbytes=weights.nbytes)

@@ -1,0 +1,126 @@
+"""What crosses the boundary between the engine's thread and the rest: plain values, so that it could be a process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from server.core import DEFAULT_TENANT, AdapterRef
+from server.errors import OnebaseError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's tokens are chosen. `logprobs`: None, or how many of the likeliest tokens to report."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """A request: `n` sequences of the same prompt. `salt` separates tenants in the prefix cache."""
+
+    id: str
+    prompt: tuple[int, ...]
+    adapter: AdapterRef | None
+    sampling: Sampling
+    n: int = 1
+    salt: bytes = b""
+    tenant: str = DEFAULT_TENANT
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The client has gone; what was made so far is counted."""
+
+    id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An adapter has been brought to the device, or `fault` says why not. Sent by the loader to the engine."""
+
+    digest: str
+    weights: object | None
+    fault: OnebaseError | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """The log-probability (natural, of the model's own distribution) of a chosen token, and the likeliest ones."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What a request met: was its adapter on the device when it came, and how long did bringing it take?"""
+
+    cold: bool = False
+    load_ms: float = 0.0
+
+
+@dataclass(slots=True)
+class Delta:
+    """New text and tokens of one sequence; the last one carries `finish_reason`."""
+
+    id: str
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    residency: Residency
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The one terminal event of a request. Token counts are the engine's own, however the request ended."""
+
+    id: str
+    outcome: str  # finished | cancelled | error
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    residency: Residency
+    error: OnebaseError | None = None
+
+
+Event = Delta | Done
+
+
+@dataclass(slots=True)
+class Stats:
+    """A snapshot of the engine for /readyz and /metrics; counters only ever grow."""
+
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    loading: int = 0
+    queued_tokens: int = 0
+    blocks: int = 0
+    blocks_used: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    last_step_at: float = 0.0
+    resident: frozenset[str] = field(default_factory=frozenset)
+    slots: int = 0
+    slot_bytes: int = 0
+    slot_references: int = 0
+    slot_evictions: int = 0
+    slot_loads: int = 0
+    outcomes: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,53 @@
+"""Runs one step: packed tokens through the base with each row's adapter, and a choice for every finished row."""
+
+from __future__ import annotations
+
+import torch
+
+from server.engine import batch as batches
+from server.engine.sampler import Choice, Row, sample
+from server.engine.scheduler import Work
+from server.lora.layers import LoraStep, install
+from server.lora.stack import AdapterStack
+from server.model import attention
+from server.model.loader import Base
+
+
+class Runner:
+    """Owns the model, the KV pool and the stacked adapters. Used by the engine's thread only."""
+
+    def __init__(self, base: Base, *, blocks: int, block_size: int):
+        self.base = base
+        self.lora: LoraStep = install(base.model, base.info)
+        self.stack = AdapterStack()
+        self.pool = attention.KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
+
+    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
+        """Computes `work` and returns a choice for each item that reached its sequence's last token."""
+        with torch.inference_mode():
+            batch = batches.build(work, self.pool, self.stack, self.base.device)
+            if batch.fresh is not None:
+                self.pool.clear(batch.fresh)  # a block shows nothing of its last owner, behind no mask either
+            logits = self._forward(batch)
+            if not batch.sampled:
+                return []
+            rows = [
+                Row(s.request.submit.sampling, s.index, s.tokens, s.prompt_length)
+                for s in (item.sequence for item in batch.sampled)
+            ]
+            return list(zip(batch.sampled, sample(logits, rows), strict=True))
+
+    def _forward(self, batch: batches.Batch) -> torch.Tensor:
+        """Logits [sampled rows, vocabulary] in float32."""
+        self.lora.batch = batch.lora
+        try:
+            with attention.step(batch.attention):
+                out = self.base.model(
+                    input_ids=batch.ids,
+                    position_ids=batch.positions,
+                    use_cache=False,
+                    logits_to_keep=batch.logits_at,
+                )
+        finally:
+            self.lora.batch = None
+        return out.logits[0].float()

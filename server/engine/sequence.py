@@ -1,0 +1,79 @@
+"""All the state of one sequence, on one object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.engine.blocks import chain
+from server.engine.messages import Residency, Submit
+from server.engine.text import TextStream
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of a request's `n` answers while it waits and runs.
+
+    `tokens` is prompt then output; the first `computed` of them are in the KV cache, in `blocks`. `order` is the
+    order of arrival and stays through a preemption.
+    """
+
+    request: Request
+    index: int
+    order: int
+    tokens: list[int]
+    text: TextStream
+    computed: int = 0
+    cached: int | None = None
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    published: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.submit.prompt)
+
+    @property
+    def produced(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are still to be computed: 1 when decoding."""
+        return len(self.tokens) - self.computed
+
+    def full_hashes(self, block_size: int) -> list[bytes]:
+        """The chained hashes of the blocks that `tokens` fills completely."""
+        for number in range(len(self.hashes), len(self.tokens) // block_size):
+            parent = self.hashes[-1] if self.hashes else self.request.seed
+            self.hashes.append(chain(parent, self.tokens[number * block_size : (number + 1) * block_size]))
+        return self.hashes
+
+
+@dataclass(eq=False)
+class Request:
+    """A submitted request and what it holds: at most one reference to its adapter's slot."""
+
+    submit: Submit
+    seed: bytes
+    arrived: float
+    sequences: list[Sequence] = field(default_factory=list)
+    weights: Any = None  # the adapter on the device, while a slot reference is held
+    residency: Residency = field(default_factory=Residency)
+    load_started: float | None = None
+
+    @property
+    def digest(self) -> str | None:
+        return self.submit.adapter.digest if self.submit.adapter else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether nothing but room in the batch is missing."""
+        return self.submit.adapter is None or self.weights is not None
+
+    @property
+    def worst_tokens(self) -> int:
+        """The most tokens it can come to hold, as the queue limit counts them."""
+        return (len(self.submit.prompt) + self.submit.sampling.max_tokens) * self.submit.n
