@@ -1,0 +1,211 @@
+"""`/adapters`: upload, list, show, history, rollback, delete."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anyio
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from starlette.datastructures import FormData, UploadFile
+
+from server.api.schemas import AdapterInfo, AdapterList, AdapterStatus, Rollback, Source, VersionList
+from server.api.state import Activity, State, state_of
+from server.core import AdapterVersion
+from server.errors import InvalidRequest, TooLarge
+from server.registry import sources
+from server.registry.registry import PutResult
+from server.registry.store import storage_errors
+
+MAX_CONFIG_BYTES = 64 * 1024
+FORM_OVERHEAD = 128 * 1024  # boundaries, part headers and the config, beside the weights
+UPLOADS_AT_ONCE = 2  # validation is work for a core; the step loop needs the others
+
+OneState = Annotated[State, Depends(state_of)]
+IfMatch = Annotated[str | None, Header(max_length=4096)]
+_uploads = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
+
+
+def make_router(max_upload_bytes: int) -> APIRouter:
+    """The routes; an upload's body may have `max_upload_bytes` and the form around it."""
+    router = APIRouter(prefix="/adapters")
+    put = router.put(
+        "/{name}", response_model=AdapterInfo, max_body_size=max_upload_bytes + FORM_OVERHEAD, openapi_extra=_PUT_BODY
+    )
+    put(put_adapter)
+    router.get("", response_model=AdapterList)(list_adapters)
+    router.get("/{name}", response_model=AdapterStatus)(show_adapter)
+    router.get("/{name}/versions", response_model=VersionList)(list_versions)
+    router.post("/{name}/rollback", response_model=AdapterInfo)(roll_back)
+    router.delete("/{name}", status_code=204)(delete_adapter)
+    return router
+
+
+async def put_adapter(
+    name: str,
+    request: Request,
+    state: OneState,
+    allow_zero: bool = False,
+    if_match: IfMatch = None,
+    if_none_match: IfMatch = None,
+) -> Response:
+    """Uploads a PEFT checkpoint: parts `config` and `weights`, or JSON `{"source": …}`.
+
+    201 when the name is new, 200 when it is replaced or the bytes are the current version's.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    conditions = {"if_match": if_match, "if_none_match": if_none_match, "allow_zero": allow_zero}
+    if kind == "application/json":
+        source = await _source(request)
+        result = await _in_upload_thread(_put_source, state, name, source, conditions)
+    elif kind == "multipart/form-data":
+        async with request.form(max_files=2, max_fields=2, max_part_size=MAX_CONFIG_BYTES) as form:
+            config, weights = _parts(form, state.settings.max_upload_bytes)
+            result = await _in_upload_thread(_put_parts, state, name, config, weights, conditions)
+    else:
+        raise InvalidRequest("send multipart/form-data with 'config' and 'weights', or application/json with 'source'")
+    return _with_etag(result.version, 201 if result.created else 200)
+
+
+async def list_adapters(
+    state: OneState,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    after: Annotated[str | None, Query(max_length=64)] = None,
+) -> dict[str, Any]:
+    """All adapters by name, a page at a time."""
+    page, following = state.registry.list(limit=limit, after=after)
+    return {"data": [_status(state, version) for version in page], "next": following}
+
+
+async def show_adapter(name: str, response: Response, state: OneState) -> dict[str, Any]:
+    """The current version, and where it is."""
+    version = state.registry.get(name)
+    response.headers["ETag"] = f'"{version.digest}"'
+    return _status(state, version)
+
+
+async def list_versions(name: str, state: OneState) -> dict[str, Any]:
+    """The history of an adapter, oldest first."""
+    current = state.registry.get(name).version
+    versions = state.registry.versions(name)
+    return {"data": [_plain(version) | {"current": version.version == current} for version in versions]}
+
+
+async def roll_back(name: str, body: Rollback, state: OneState, if_match: IfMatch = None) -> Response:
+    """Makes an earlier version current again, under its own number."""
+    version = await run_in_threadpool(state.registry.rollback, name, body.version, if_match=if_match)
+    return _with_etag(version, 200)
+
+
+async def delete_adapter(name: str, state: OneState, if_match: IfMatch = None) -> Response:
+    """Removes an adapter. Requests in flight finish on the version that they began with."""
+    digest = state.registry.get(name).digest
+    await run_in_threadpool(state.registry.delete, name, if_match=if_match)
+    state.activity.pop(name, None)
+    state.cache.drop(digest)
+    return Response(status_code=204)
+
+
+async def _in_upload_thread(function: Any, *arguments: Any) -> PutResult:
+    result: PutResult = await anyio.to_thread.run_sync(function, *arguments, limiter=_uploads)
+    return result
+
+
+async def _source(request: Request) -> str:
+    try:
+        return Source.model_validate_json(await request.body()).source
+    except ValidationError as fault:
+        raise InvalidRequest(f"source: {fault.errors()[0]['msg']}", param="source") from fault
+
+
+def _parts(form: FormData, max_bytes: int) -> tuple[UploadFile | str, UploadFile]:
+    for key, _ in form.multi_items():
+        if key not in ("config", "weights"):
+            raise InvalidRequest(f"unknown part '{key}'", param="part")
+    for key in ("config", "weights"):
+        if len(form.getlist(key)) != 1:
+            raise InvalidRequest(f"send exactly one part '{key}'", param=key)
+    config, weights = form["config"], form["weights"]
+    if not isinstance(weights, UploadFile):
+        raise InvalidRequest("'weights' must be a file", param="weights")
+    if (weights.size or 0) > max_bytes:
+        raise TooLarge(f"the weights have {weights.size} bytes; at most {max_bytes} are taken", param="weights")
+    if isinstance(config, UploadFile) and (config.size or 0) > MAX_CONFIG_BYTES:
+        raise TooLarge(f"the config has {config.size} bytes; at most {MAX_CONFIG_BYTES} are taken", param="config")
+    return config, weights
+
+
+def _put_parts(
+    state: State, name: str, config: UploadFile | str, weights: UploadFile, conditions: dict[str, Any]
+) -> PutResult:
+    with state.store.stage() as staging:
+        with storage_errors("keep the upload"):
+            if isinstance(config, str):
+                staging.config_path.write_text(config, encoding="utf-8")
+            else:
+                _copy(config, staging.config_path)
+            _copy(weights, staging.weights_path)
+        return state.registry.put(name, staging, **conditions)
+
+
+def _put_source(state: State, name: str, source: str, conditions: dict[str, Any]) -> PutResult:
+    with state.store.stage() as staging:
+        sources.fetch(source, staging, state.settings.adapter_sources, state.settings.max_upload_bytes)
+        return state.registry.put(name, staging, **conditions)
+
+
+def _copy(part: UploadFile, target: Path) -> None:
+    part.file.seek(0)
+    with target.open("wb") as out:
+        shutil.copyfileobj(part.file, out, 1 << 20)
+
+
+def _plain(version: AdapterVersion) -> dict[str, Any]:
+    return asdict(version) | {"targets": list(version.targets)}
+
+
+def _with_etag(version: AdapterVersion, status: int) -> JSONResponse:
+    return JSONResponse(_plain(version), status_code=status, headers={"ETag": f'"{version.digest}"'})
+
+
+def _status(state: State, version: AdapterVersion) -> dict[str, Any]:
+    activity = state.activity.get(version.name, Activity())
+    return _plain(version) | {
+        "residency": _residency(state, version.digest),
+        "lane": "shared",
+        "pinned": False,
+        "in_flight": activity.in_flight,
+        "last_used": activity.last_used,
+        "requests": activity.requests,
+    }
+
+
+def _residency(state: State, digest: str) -> Literal["disk", "ram", "device"]:
+    if digest in state.client.stats.resident:
+        return "device"
+    return "ram" if state.cache.peek(digest) else "disk"
+
+
+_PUT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["config", "weights"],
+                    "properties": {
+                        "config": {"type": "string", "format": "binary", "description": "adapter_config.json"},
+                        "weights": {"type": "string", "format": "binary", "description": "adapter_model.safetensors"},
+                    },
+                }
+            },
+            "application/json": {"schema": Source.model_json_schema()},
+        },
+    }
+}

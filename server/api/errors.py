@@ -1,0 +1,92 @@
+"""Turns every fault into the error envelope, and gives every answer an `x-request-id`."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import InvalidRequest, OnebaseError
+
+log = logging.getLogger("onebase.api")
+
+_CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+class RequestId:
+    """Pure ASGI middleware: `x-request-id` of the client if it is a plain token, else one of our own."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _CLIENT_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        await self.app(scope, receive, with_id)
+
+
+def answer(fault: OnebaseError) -> JSONResponse:
+    """The HTTP answer of a fault."""
+    headers = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else None
+    return JSONResponse(fault.envelope(), status_code=fault.status, headers=headers)
+
+
+def install(app: FastAPI) -> None:
+    """Registers the handlers on `app`."""
+    app.add_middleware(RequestId)
+    app.add_exception_handler(OnebaseError, _on_fault)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+async def _on_fault(request: Request, fault: Any) -> JSONResponse:
+    return answer(fault)
+
+
+async def _on_invalid(request: Request, fault: Any) -> JSONResponse:
+    first = fault.errors()[0]
+    place = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path", "header")]
+    # A union's branches appear in the place (`prompt.list[int].0`); the field's name is what helps.
+    param = ".".join(part for part in place if re.fullmatch(r"[a-z0-9_-]+", part) and part not in ("str",)) or None
+    message = str(first.get("msg", "invalid request")).removeprefix("Value error, ")
+    return answer(InvalidRequest(f"{param}: {message}" if param else message, param=param))
+
+
+async def _on_http(request: Request, fault: Any) -> JSONResponse:
+    kind = _TYPES.get(fault.status_code, "invalid_request_error")
+    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    body = {
+        "message": str(fault.detail),
+        "type": kind,
+        "param": None,
+        "code": codes.get(fault.status_code, "http_error"),
+    }
+    return JSONResponse({"error": body}, status_code=fault.status_code, headers=getattr(fault, "headers", None))
+
+
+async def _on_unexpected(request: Request, fault: Any) -> JSONResponse:
+    log.error("unexpected fault", exc_info=fault)
+    response = answer(OnebaseError("an unexpected error; the server's log has more"))
+    request_id = request.scope.get("state", {}).get("request_id")
+    if request_id:  # this handler's answer is sent outside the middleware that adds it
+        response.headers["x-request-id"] = request_id
+    return response

@@ -1,0 +1,151 @@
+"""`POST /v1/generate`: one prompt, one adapter or the base, answered whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Request
+from fastapi.responses import JSONResponse, Response
+from fastapi.sse import EventSourceResponse, format_sse_event
+
+from server.api import prompts
+from server.api.render import Answer
+from server.api.schemas import GenerateRequest, GenerateResponse
+from server.api.state import State, state_of
+from server.engine.client import Stream
+from server.engine.messages import Delta, Done, Sampling, Submit
+from server.errors import EngineFailure, OnebaseError
+
+router = APIRouter()
+OneState = Annotated[State, Depends(state_of)]
+
+
+@router.post("/v1/generate", response_model=GenerateResponse)
+async def generate(body: GenerateRequest, request: Request, state: OneState) -> Response:
+    """Answers with the whole text, or with Server-Sent Events when `stream` is true."""
+    stream, answer = await _open(body, state)
+    watcher = asyncio.create_task(_cancel_when_gone(request, state, stream))
+    if not body.stream:
+        try:
+            async for event in stream:
+                answer.add(event)
+        finally:
+            _close(state, stream, watcher)
+        answer.raise_fault()
+        return JSONResponse(answer.whole())
+    events = aiter(stream)
+    try:
+        first = await anext(events)
+        if isinstance(first, Done) and first.error is not None:
+            raise first.error  # nothing has been sent yet: the fault can still have its own status
+    except BaseException:
+        _close(state, stream, watcher)
+        raise
+    return EventSourceResponse(_chunks(first, events, answer, state, stream, watcher))
+
+
+async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
+    """Resolves the adapter, reads the prompt and queues the request. The lease ends with the request, once."""
+    lease = state.registry.acquire(body.adapter) if body.adapter is not None else None
+    try:
+        arguments = (body, state.base, state.max_context)
+        if prompts.size(body) > prompts.LONG:
+            prompt = await asyncio.to_thread(prompts.encode, *arguments)
+        else:
+            prompt = prompts.encode(*arguments)
+        submit = Submit(
+            id=f"gen-{secrets.token_hex(12)}",
+            prompt=prompt,
+            adapter=lease.ref if lease else None,
+            sampling=_sampling(body),
+            n=body.n,
+            salt=state.salt,
+        )
+
+        def on_done(done: Done) -> None:
+            if lease is not None:
+                lease.release()
+                state.ended(lease.ref.name)
+
+        stream = state.client.submit(submit, on_done)
+    except BaseException:
+        if lease is not None:
+            lease.release()
+        raise
+    if lease is not None:
+        state.began(lease.ref.name)
+    return stream, Answer(submit, state.base, int(time.time()))
+
+
+def _sampling(body: GenerateRequest) -> Sampling:
+    return Sampling(
+        max_tokens=body.max_tokens,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        repetition_penalty=body.repetition_penalty,
+        presence_penalty=body.presence_penalty,
+        frequency_penalty=body.frequency_penalty,
+        seed=body.seed if body.seed is not None else secrets.randbits(64),
+        stop=body.stops,
+        ignore_eos=body.ignore_eos,
+        logprobs=body.logprobs,
+    )
+
+
+async def _cancel_when_gone(request: Request, state: State, stream: Stream) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    state.client.cancel(stream.submit.id)
+
+
+def _close(state: State, stream: Stream, watcher: asyncio.Task[None]) -> None:
+    watcher.cancel()
+    state.client.cancel(stream.submit.id)  # of no effect once the request has ended
+
+
+async def _chunks(
+    first: Delta | Done,
+    events: AsyncIterator[Delta | Done],
+    answer: Answer,
+    state: State,
+    stream: Stream,
+    watcher: asyncio.Task[None],
+) -> AsyncIterator[bytes]:
+    """Chunks, the last one with usage, then `[DONE]`; a fault becomes `event: error`. The stream never just stops."""
+    try:
+        last: Delta | None = None
+        async for event in _chain(first, events):
+            if isinstance(event, Done):
+                answer.add(event)
+                answer.raise_fault()
+                yield format_sse_event(data_str=answer.chunk(last, event))
+                continue
+            if last is not None:
+                yield format_sse_event(data_str=answer.chunk(last))
+            last = event if event.finish_reason else None  # held back: the very last one carries the usage
+            if last is None:
+                yield format_sse_event(data_str=answer.chunk(event))
+        yield format_sse_event(data_str="[DONE]")
+    except OnebaseError as fault:
+        yield format_sse_event(event="error", data_str=answer.dump(fault.envelope()))
+        yield format_sse_event(data_str="[DONE]")
+    except Exception:
+        fault = EngineFailure("the stream could not be continued")
+        with contextlib.suppress(Exception):
+            yield format_sse_event(event="error", data_str=answer.dump(fault.envelope()))
+        raise
+    finally:
+        _close(state, stream, watcher)
+
+
+async def _chain(first: Delta | Done, rest: AsyncIterator[Delta | Done]) -> AsyncIterator[Delta | Done]:
+    yield first
+    async for event in rest:
+        yield event

@@ -1,0 +1,64 @@
+"""From the request's prompt or messages to token ids, with every bound checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from server.api.schemas import GenerateRequest
+from server.errors import InvalidRequest
+from server.model.loader import Base
+
+# Past this many characters tokenising takes long enough to be done beside the event loop.
+LONG = 4096
+
+
+def size(body: GenerateRequest) -> int:
+    """Characters (or ids) to be read."""
+    if body.messages is not None:
+        return sum(len(message.content) for message in body.messages)
+    return len(body.prompt or ())
+
+
+def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ...]:
+    """The prompt's token ids. Raises InvalidRequest naming the field at fault."""
+    param = "messages" if body.messages is not None else "prompt"
+    if isinstance(body.prompt, list):
+        bad = next((i for i in body.prompt if not 0 <= i < base.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequest(f"token id {bad} is outside the vocabulary (0..{base.vocab_size - 1})", param=param)
+        ids = body.prompt
+    elif body.messages is not None:
+        ids = _ids(base.tokenizer, _render(body, base.tokenizer), special=False)
+    else:
+        ids = _ids(base.tokenizer, body.prompt or "", special=True)
+    if not ids:
+        raise InvalidRequest("the prompt has no tokens", param=param)
+    if len(ids) + body.max_tokens > max_context:
+        raise InvalidRequest(
+            f"prompt ({len(ids)} tokens) + max_tokens ({body.max_tokens}) exceed the context of {max_context} tokens",
+            param="max_tokens" if len(ids) < max_context else param,
+            code="context_length_exceeded",
+        )
+    return tuple(ids)
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as fault:
+        raise InvalidRequest("the prompt has lone surrogates, which are not text", param="prompt") from fault
+    ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
+def _render(body: GenerateRequest, tokenizer: Any) -> str:
+    if not getattr(tokenizer, "chat_template", None):
+        raise InvalidRequest("this base has no chat template; send 'prompt'", param="messages")
+    turns = [message.model_dump() for message in body.messages or ()]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except TemplateError as fault:
+        raise InvalidRequest(f"the base's chat template refuses these messages: {fault}", param="messages") from fault
+    return text

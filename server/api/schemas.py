@@ -1,0 +1,176 @@
+"""The JSON that the endpoints take and give. Every number, string and list has a bound."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+MAX_PROMPT_CHARS = 2_000_000
+MAX_PROMPT_TOKENS = 1_000_000
+MAX_N = 16
+MAX_STOPS = 16
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields, and values of another type than the field's."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Message(Strict):
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[str, StringConstraints(max_length=MAX_PROMPT_CHARS)]
+
+
+class GenerateRequest(Strict):
+    """`POST /v1/generate`. Exactly one of `prompt` and `messages`; `adapter` null is the base."""
+
+    adapter: AdapterName | None = None
+    prompt: (
+        Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS)]
+        | Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
+        | None
+    ) = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = None
+    max_tokens: int = Field(64, ge=1, le=1_000_000)
+    temperature: float = Field(0.0, ge=0, le=5)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=0, lt=2**64, description="null: the server draws one")
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    ignore_eos: bool = False
+    logprobs: int | None = Field(None, ge=0, le=20)
+    n: int = Field(1, ge=1, le=MAX_N)
+    stream: bool = False
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give exactly one of 'prompt' and 'messages'")
+        return self
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+class AdapterUsed(BaseModel):
+    """Which weights gave the answer. For the base: no name and version, and the base's own digest."""
+
+    name: str | None
+    version: int | None
+    digest: str
+    lane: Literal["shared", "merged", "base"]
+    cold: bool
+    load_ms: float
+
+
+class Logprobs(BaseModel):
+    """Natural log-probabilities under the model itself, before temperature, penalties and filters.
+
+    A token that is not a whole character is written `bytes:\\xe2\\x80`.
+    """
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+
+
+class Choice(BaseModel):
+    """One answer, or in a stream the part of it that is new."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length", "cancelled"] | None
+    logprobs: Logprobs | None
+
+
+class Usage(BaseModel):
+    """What is counted: the prompt once, the output of all `n` answers."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    cost_microusd: int
+
+
+class GenerateResponse(BaseModel):
+    """An answer, or one chunk of a streamed one; `usage` is in the last chunk only."""
+
+    id: str
+    created: int
+    model: str
+    adapter: AdapterUsed
+    choices: list[Choice]
+    usage: Usage | None = None
+
+
+class AdapterInfo(BaseModel):
+    """One version of an adapter, as `PUT` answers it."""
+
+    name: str
+    version: int
+    digest: str
+    rank: int
+    alpha: float
+    targets: list[str]
+    parameters: int
+    bytes: int
+    kind: str
+    base: str
+    created: float
+
+
+class AdapterStatus(AdapterInfo):
+    """The current version and where it is."""
+
+    residency: Literal["disk", "ram", "device"]
+    lane: Literal["shared", "merged"]
+    pinned: bool
+    in_flight: int
+    last_used: float | None
+    requests: int
+
+
+class AdapterList(BaseModel):
+    """A page of adapters by name; `next` is the `after` of the following page, or null."""
+
+    data: list[AdapterStatus]
+    next: str | None
+
+
+class VersionInfo(AdapterInfo):
+    """One entry of an adapter's history."""
+
+    current: bool
+
+
+class VersionList(BaseModel):
+    """The history, oldest first."""
+
+    data: list[VersionInfo]
+    next: None = None
+
+
+class Rollback(Strict):
+    """Which version becomes current again."""
+
+    version: int = Field(ge=1)
+
+
+class Source(Strict):
+    """Where the server fetches an adapter from, where its settings allow it."""
+
+    source: Annotated[str, StringConstraints(min_length=1, max_length=2048)]

@@ -1,0 +1,139 @@
+"""Wires base, registry, engine and endpoints together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import torch
+from fastapi import FastAPI
+
+from server.api import adapters, errors, generate, health
+from server.api.state import State
+from server.engine.blocks import BlockPool
+from server.engine.client import EngineClient
+from server.engine.engine import Engine
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.errors import OnebaseError
+from server.lora.bank import Bank
+from server.model.loader import Base, load_base
+from server.registry.cache import AdapterCache
+from server.registry.registry import Registry
+from server.registry.store import Store
+from server.settings import MIB, Settings
+
+log = logging.getLogger("onebase.app")
+
+BLOCK_SIZE = 16  # tokens; a prefix is shared in whole blocks
+MAX_JSON_BYTES = 8 * MIB
+# Automatic KV size: this share of the memory that is free once the base is loaded, within these token bounds.
+_KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
+_KV_BOUNDS = (2_048, 1_000_000)
+_CPU_KV_TOKENS = 32_768
+
+
+def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
+    """The ASGI app. Loads the base unless one is given; raises BaseUnavailable when it cannot be had."""
+    base = base or load_base(
+        settings.base,
+        settings.data_dir,
+        dtype=settings.dtype,
+        device=settings.device,
+        extra_names=settings.base_names,
+    )
+    state, engine = build(settings, base)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state.client.attach(engine)
+        try:
+            yield
+        finally:
+            await state.client.close()
+
+    app = FastAPI(
+        title="onebase",
+        version=version("onebase"),
+        description="One frozen base model, shared by many LoRA adapters.",
+        lifespan=lifespan,
+        max_body_size=MAX_JSON_BYTES,
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.onebase = state
+    errors.install(app)
+    app.include_router(generate.router)
+    app.include_router(adapters.make_router(settings.max_upload_bytes))
+    app.include_router(health.router)
+    return app
+
+
+def build(settings: Settings, base: Base) -> tuple[State, Engine]:
+    """State and engine, not started."""
+    store = Store(settings.data_dir / "adapters")
+    registry = Registry(store, base.info, max_rank=settings.max_rank, dtype=base.dtype)
+    cache = AdapterCache(registry.load, settings.ram_cache_bytes)
+    client = EngineClient(max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens)
+    blocks = kv_tokens(settings, base) // BLOCK_SIZE
+    pool = BlockPool(blocks, BLOCK_SIZE)
+    engine = Engine(
+        Runner(base, blocks=blocks, block_size=BLOCK_SIZE),
+        Scheduler(
+            pool,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_running=settings.max_running,
+            prefix_cache=settings.prefix_cache,
+        ),
+        Bank(settings.adapter_slots),
+        fetch=cache.get,
+        emit=client.emit,
+        threads=settings.threads or os.cpu_count() or 1,
+    )
+    longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)
+    state = State(settings, base, store, registry, cache, client, longest)
+    if settings.preload is not None:
+        preload(state, settings.preload)
+    return state, engine
+
+
+def kv_tokens(settings: Settings, base: Base) -> int:
+    """Tokens that the KV cache holds."""
+    if settings.kv_cache_tokens:
+        return max(settings.kv_cache_tokens, BLOCK_SIZE)
+    if base.device.type == "cuda":
+        free = torch.cuda.mem_get_info(base.device)[0]
+        most = _KV_BOUNDS[1]
+    else:
+        free = psutil.virtual_memory().available
+        most = _CPU_KV_TOKENS
+    tokens = int(free * _KV_SHARE[base.device.type]) // base.kv_bytes_per_token
+    return max(_KV_BOUNDS[0], min(most, tokens))
+
+
+def preload(state: State, folder: Path) -> list[str]:
+    """Registers every adapter directory under `folder` whose name is not taken yet; returns the new names.
+
+    One that does not fit this base is left out with a warning.
+    """
+    added = []
+    for config in sorted(folder.glob("*/adapter_config.json")):
+        name = config.parent.name
+        with contextlib.suppress(OnebaseError):
+            state.registry.get(name)
+            continue
+        with state.store.stage() as staging:
+            staging.config_path.write_bytes(config.read_bytes())
+            staging.weights_path.write_bytes((config.parent / "adapter_model.safetensors").read_bytes())
+            try:
+                state.registry.put(name, staging)
+            except OnebaseError as fault:
+                log.warning("adapter %s is not served: %s", name, fault.message)
+            else:
+                added.append(name)
+    return added

@@ -1,0 +1,178 @@
+"""The `onebase` command."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from server.settings import Settings
+
+app = typer.Typer(help="One frozen base model, shared by many LoRA adapters.", no_args_is_help=True)
+adapters = typer.Typer(help="Upload, list and manage the adapters of a running server.", no_args_is_help=True)
+app.add_typer(adapters, name="adapters")
+
+Url = Annotated[str, typer.Option(envvar="ONEBASE_URL", help="The server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+LOCAL = "http://127.0.0.1:8000"
+_errors = Console(stderr=True)
+
+
+def _serve(print_config: bool = False, **flags: Any) -> None:
+    """Starts the server. Every flag is also a variable: --ram-cache-bytes is ONEBASE_RAM_CACHE_BYTES."""
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as fault:
+        for one in fault.errors():
+            place = ".".join(str(part) for part in one["loc"]) or "settings"
+            _errors.print(f"[red]{place}[/]: {one['msg'].removeprefix('Value error, ')}")
+        raise typer.Exit(2) from None
+    if print_config:
+        typer.echo(settings.model_dump_json(indent=2))
+        return
+    from server.run import serve  # torch and transformers take seconds to import: only where they are needed
+
+    raise typer.Exit(serve(settings))
+
+
+def _with_settings_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Gives the command one option per setting."""
+    parameters = [
+        inspect.Parameter(
+            "print_config",
+            inspect.Parameter.KEYWORD_ONLY,
+            default=False,
+            annotation=Annotated[bool, typer.Option("--print-config", help="Print the effective settings and stop.")],
+        )
+    ]
+    for name, field in Settings.model_fields.items():
+        kind = bool if field.annotation is bool else int if field.annotation is int else str
+        note = f"{field.description or ''} [default: {field.default if field.default != () else ''}]".strip()
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, typer.Option(help=note, show_default=False)],
+            )
+        )
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {one.name: one.annotation for one in parameters}
+    return function
+
+
+app.command("serve")(_with_settings_flags(_serve))
+
+
+@adapters.command("list")
+def list_adapters(url: Url = LOCAL, as_json: AsJson = False) -> None:
+    """Lists every adapter."""
+    rows: list[dict[str, Any]] = []
+    after: str | None = None
+    while True:
+        query = {"limit": "1000"} | ({"after": after} if after else {})
+        page = _call("GET", url, "/adapters", params=query).json()
+        rows += page["data"]
+        after = page["next"]
+        if after is None:
+            break
+    _show(rows, ("name", "version", "rank", "bytes", "residency", "lane", "requests", "digest"), as_json)
+
+
+@adapters.command("show")
+def show(name: str, url: Url = LOCAL, as_json: AsJson = False, versions: bool = False) -> None:
+    """Shows one adapter, or with --versions its history."""
+    if versions:
+        rows = _call("GET", url, f"/adapters/{name}/versions").json()["data"]
+        _show(rows, ("version", "current", "rank", "bytes", "digest"), as_json)
+        return
+    body = _call("GET", url, f"/adapters/{name}").json()
+    if as_json:
+        typer.echo(json.dumps(body))
+        return
+    table = Table("field", "value")
+    for key, value in body.items():
+        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+    Console().print(table)
+
+
+@adapters.command("push")
+def push(
+    name: str,
+    folder: Annotated[Path, typer.Argument(help="Directory with adapter_config.json and adapter_model.safetensors.")],
+    url: Url = LOCAL,
+    as_json: AsJson = False,
+    if_match: Annotated[str | None, typer.Option(help="Replace only this digest.")] = None,
+    allow_zero: Annotated[bool, typer.Option(help="Take an adapter without any effect.")] = False,
+) -> None:
+    """Uploads an adapter."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for path in (config, weights):
+        if not path.is_file():
+            _errors.print(f"[red]no {path.name} in {folder}[/]")
+            raise typer.Exit(2)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
+        with config.open("rb") as config_file, bar.open(weights, "rb", description=f"push {name}") as weights_file:
+            body = _call(
+                "PUT",
+                url,
+                f"/adapters/{name}",
+                files={"config": (config.name, config_file), "weights": (weights.name, weights_file)},
+                params={"allow_zero": "true"} if allow_zero else {},
+                headers={"If-Match": f'"{if_match}"'} if if_match else {},
+            ).json()
+    _show([body], ("name", "version", "rank", "parameters", "bytes", "digest"), as_json)
+
+
+@adapters.command("rm")
+def remove(name: str, url: Url = LOCAL) -> None:
+    """Deletes an adapter."""
+    _call("DELETE", url, f"/adapters/{name}")
+    _errors.print(f"deleted {name}")
+
+
+@adapters.command("rollback")
+def rollback(name: str, version: int, url: Url = LOCAL, as_json: AsJson = False) -> None:
+    """Makes an earlier version current again."""
+    body = _call("POST", url, f"/adapters/{name}/rollback", json={"version": version}).json()
+    _show([body], ("name", "version", "rank", "bytes", "digest"), as_json)
+
+
+def _call(method: str, url: str, path: str, **more: Any) -> httpx.Response:
+    try:
+        response = httpx.request(method, url.rstrip("/") + path, timeout=300, **more)
+    except httpx.HTTPError as fault:
+        _errors.print(f"[red]no answer from {url}: {fault}[/]")
+        raise typer.Exit(1) from None
+    if response.is_error:
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = response.text[:200]
+        _errors.print(f"[red]{response.status_code}[/]: {message}", highlight=False)
+        raise typer.Exit(1)
+    return response
+
+
+def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,71 @@
+"""The engine's and the cache's figures as Prometheus metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.messages import Stats
+
+
+class CacheFigures(Protocol):
+    """What is read of the RAM tier."""
+
+    used_bytes: int
+    capacity_bytes: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class EngineCollector(Collector):
+    """Reads one snapshot when it is scraped; the hot path pays nothing."""
+
+    def __init__(self, stats: Stats, cache: CacheFigures, registered: int):
+        self._stats, self._cache, self._registered = stats, cache, registered
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every family."""
+        s, c = self._stats, self._cache
+        used = s.blocks_used / s.blocks if s.blocks else 0.0
+        yield GaugeMetricFamily("onebase_num_requests_running", "Sequences in the batch.", s.running)
+        yield GaugeMetricFamily("onebase_num_requests_waiting", "Sequences waiting for room.", s.waiting)
+        yield GaugeMetricFamily("onebase_num_requests_loading", "Requests waiting for their adapter.", s.loading)
+        yield GaugeMetricFamily("onebase_kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", used)
+        yield GaugeMetricFamily("onebase_adapters_registered", "Adapters that can be named.", self._registered)
+        yield GaugeMetricFamily("onebase_adapter_slots", "Device slots.", s.slots)
+        yield GaugeMetricFamily("onebase_adapter_slots_used", "Device slots that hold an adapter.", len(s.resident))
+        tiers = GaugeMetricFamily("onebase_adapter_bytes", "Bytes of adapters held.", labels=["tier"])
+        tiers.add_metric(["ram"], c.used_bytes)
+        tiers.add_metric(["device"], s.slot_bytes)
+        yield tiers
+        yield GaugeMetricFamily("onebase_adapter_ram_capacity_bytes", "What the RAM tier may hold.", c.capacity_bytes)
+        evictions = CounterMetricFamily("onebase_adapter_evictions", "Adapters evicted.", labels=["tier"])
+        evictions.add_metric(["ram"], c.evictions)
+        evictions.add_metric(["device"], s.slot_evictions)
+        yield evictions
+        yield CounterMetricFamily("onebase_adapter_ram_hits", "Loads answered from RAM.", c.hits)
+        yield CounterMetricFamily("onebase_adapter_ram_misses", "Loads that went to disk.", c.misses)
+        yield CounterMetricFamily("onebase_adapter_device_loads", "Adapters brought to the device.", s.slot_loads)
+        yield CounterMetricFamily(
+            "onebase_num_preemptions", "Sequences computed again for want of blocks.", s.preemptions
+        )
+        yield CounterMetricFamily("onebase_prompt_tokens", "Prompt tokens of ended requests.", s.prompt_tokens)
+        yield CounterMetricFamily("onebase_cached_tokens", "Of these, found in the prefix cache.", s.cached_tokens)
+        yield CounterMetricFamily("onebase_generation_tokens", "Tokens generated.", s.generated_tokens)
+        yield CounterMetricFamily("onebase_engine_steps", "Steps of the engine.", s.steps)
+        outcomes = CounterMetricFamily("onebase_requests", "Ended requests.", labels=["outcome"])
+        for outcome, count in sorted(s.outcomes.items()):
+            outcomes.add_metric([outcome], count)
+        yield outcomes
+
+
+def make_registry(stats: Stats, cache: CacheFigures, registered: int) -> CollectorRegistry:
+    """A registry of our own around one snapshot."""
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(stats, cache, registered))
+    return registry

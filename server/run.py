@@ -1,0 +1,76 @@
+"""Runs the server process: start, SIGTERM, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from types import FrameType
+
+import uvicorn
+
+from server.api.state import State
+from server.app import create_app
+from server.errors import OnebaseError
+from server.model.attention import UnsupportedAttention
+from server.model.bundled import BaseUnavailable
+from server.settings import Settings
+
+log = logging.getLogger("onebase.run")
+
+
+class DrainingServer(uvicorn.Server):
+    """On SIGTERM or SIGINT: answers 503 to new requests, lets the open ones end, then stops. A second signal hurries."""
+
+    def __init__(self, config: uvicorn.Config, state: State):
+        super().__init__(config)
+        self._state = state
+        self._drain: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the signal handler."""
+        if self._drain is not None or self._state.client.draining:
+            super().handle_exit(sig, frame)
+            return
+        self._state.client.draining = True
+        self._drain = asyncio.get_event_loop().create_task(self._drain_then_exit(sig, frame))
+
+    async def _drain_then_exit(self, sig: int, frame: FrameType | None) -> None:
+        seconds = self._state.settings.drain_seconds
+        log.info("draining: %d requests open, at most %g s", self._state.client.open_requests, seconds)
+        if not await self._state.client.drain(seconds):
+            await self._state.client.close()  # what is still open ends with an error, which is still delivered
+        super().handle_exit(sig, frame)
+
+
+def serve(settings: Settings) -> int:
+    """Serves until a signal; the exit status."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    for noisy in ("httpx", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        app = create_app(settings)
+    except (BaseUnavailable, UnsupportedAttention, OnebaseError) as fault:
+        log.error("%s", fault)
+        return 1
+    state: State = app.state.onebase
+    log.info(
+        "base %s (%s, %s), context %d, %d adapters",
+        state.base.info.name,
+        str(state.base.dtype).removeprefix("torch."),
+        state.base.device,
+        state.max_context,
+        len(state.registry),
+    )
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_level="info",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+    )
+    server = DrainingServer(config, state)
+    server.run()
+    return 0 if server.started else 1
