@@ -1,0 +1,1 @@
+"""Deterministic generators for the adapters' training and held-out examples."""
