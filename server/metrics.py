@@ -15,11 +15,17 @@ from server.engine.messages import Stats
 class CacheFigures(Protocol):
     """What is read of the RAM tier."""
 
-    used_bytes: int
-    capacity_bytes: int
-    hits: int
-    misses: int
-    evictions: int
+    @property
+    def used_bytes(self) -> int: ...
+
+    @property
+    def capacity_bytes(self) -> int: ...
+    @property
+    def hits(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def evictions(self) -> int: ...
 
 
 class EngineCollector(Collector):

@@ -20,7 +20,7 @@ log = logging.getLogger("onebase.run")
 
 
 class DrainingServer(uvicorn.Server):
-    """On SIGTERM or SIGINT: answers 503 to new requests, lets the open ones end, then stops. A second signal hurries."""
+    """On a signal: answers 503 to new requests, lets the open ones end, then stops. A second signal hurries."""
 
     def __init__(self, config: uvicorn.Config, state: State):
         super().__init__(config)

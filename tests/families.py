@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    AutoModelForCausalLM,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -93,8 +96,6 @@ def tokenizer() -> PreTrainedTokenizerFast:
         vocabulary[f"<extra{len(vocabulary)}>"] = len(vocabulary)
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    from tokenizers import decoders
-
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
@@ -153,6 +154,20 @@ class Oracle:
         ids = torch.tensor([prompt + continuation])
         logits = self.model(adapter)(input_ids=ids).logits[0, len(prompt) - 1 : -1]
         return logits.float().log_softmax(-1)
+
+
+def prompts_of(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:
+    """Random prompts of these lengths, without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(4, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+
+_numbers = itertools.count()
+
+
+def fresh(folder: Path, name: str) -> Path:
+    """A path that nothing uses yet."""
+    return folder / f"{name}-adapter-{next(_numbers)}"
 
 
 def adapter_bytes(folder: Path) -> tuple[bytes, bytes]:

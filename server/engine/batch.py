@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ from server.engine.scheduler import Work
 from server.lora.layers import LoraBatch
 from server.lora.stack import AdapterStack
 from server.lora.weights import AdapterWeights
-from server.model.attention import AttentionBatch, DecodeGroup, KVPool, PrefillChunk
+from server.model.attention import AttentionBatch, BlockTable, DecodeGroup, KVPool, PrefillChunk
+
+Tensors = Callable[[list[int]], torch.Tensor]
 
 # From this many tokens of one adapter on, two matmuls of its own cost less than its share of the masked ones.
 SEGMENT = 32
@@ -41,7 +44,10 @@ def build(work: Seq[Work], pool: KVPool, stack: AdapterStack, device: torch.devi
     for item in ordered:
         starts.append(end)
         end += item.count
-    ids, positions, slots, last = [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    last: list[int] = []
     for item, start in zip(ordered, starts, strict=True):
         sequence, first = item.sequence, item.sequence.computed
         ids += sequence.tokens[first : first + item.count]
@@ -70,7 +76,7 @@ def _place(item: Work) -> tuple[int, int]:
     return (1 if item.count < SEGMENT else 2), -item.sequence.computed
 
 
-def _to(device: torch.device):  # type: ignore[no-untyped-def]
+def _to(device: torch.device) -> Tensors:
     return lambda values: torch.tensor(values, dtype=torch.long, device=device)
 
 
@@ -78,7 +84,9 @@ def _slots(blocks: list[int], first: int, count: int, size: int) -> list[int]:
     return [blocks[at // size] * size + at % size for at in range(first, first + count)]
 
 
-def _attention(ordered: list[Work], starts: list[int], pool: KVPool, tensor):  # type: ignore[no-untyped-def]
+def _attention(
+    ordered: list[Work], starts: list[int], pool: KVPool, tensor: Tensors
+) -> tuple[list[DecodeGroup], list[PrefillChunk]]:
     decodes, chunks = [], []
     for item, start in zip(ordered, starts, strict=True):
         if item.count == 1:
@@ -86,7 +94,7 @@ def _attention(ordered: list[Work], starts: list[int], pool: KVPool, tensor):  #
         else:
             context = item.sequence.computed
             blocks = -(-(context + item.count) // pool.block_size)
-            table = tensor(item.sequence.blocks[:blocks])
+            table = BlockTable(tensor(item.sequence.blocks[:blocks]))
             chunks.append(PrefillChunk(start, start + item.count, context, table))
     return [_group(rows, pool, tensor) for rows in _by_length(decodes)], chunks
 
@@ -103,17 +111,19 @@ def _by_length(decodes: list[tuple[int, Work]]) -> list[list[tuple[int, Work]]]:
     return groups
 
 
-def _group(rows: list[tuple[int, Work]], pool: KVPool, tensor) -> DecodeGroup:  # type: ignore[no-untyped-def]
+def _group(rows: list[tuple[int, Work]], pool: KVPool, tensor: Tensors) -> DecodeGroup:
     width = max(item.sequence.computed // pool.block_size + 1 for _, item in rows)
     table: list[int] = []
     for _, item in rows:
         blocks = item.sequence.blocks[: item.sequence.computed // pool.block_size + 1]
         table += blocks + [pool.null_block] * (width - len(blocks))
     positions = [item.sequence.computed for _, item in rows]
-    return DecodeGroup(tensor([start for start, _ in rows]), tensor(table), tensor(positions), width * pool.block_size)
+    return DecodeGroup(
+        tensor([start for start, _ in rows]), BlockTable(tensor(table)), tensor(positions), width * pool.block_size
+    )
 
 
-def _lora(ordered: list[Work], starts: list[int], stack: AdapterStack, tensor) -> LoraBatch | None:  # type: ignore[no-untyped-def]
+def _lora(ordered: list[Work], starts: list[int], stack: AdapterStack, tensor: Tensors) -> LoraBatch | None:
     mixed: list[tuple[int, int, AdapterWeights]] = []
     segments: list[tuple[int, int, AdapterWeights]] = []
     for item, start in zip(ordered, starts, strict=True):

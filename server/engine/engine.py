@@ -85,13 +85,15 @@ class Engine:
     def _run(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
+        idle = True
         while self._fault is None:
-            self._receive(block=not self._scheduler.running and not self._placeable())
+            self._receive(block=idle)
             self._loader.serve()
             work = self._scheduler.schedule() if self._fault is None else []
             if work:
                 self._step(work)
             self._publish()
+            idle = not work  # then nothing changes until a message comes
         self._loader.close()
         for request in list(self._requests.values()):
             self._end(request, "error", self._fault)
@@ -100,9 +102,6 @@ class Engine:
             if isinstance(message, Submit):
                 self._events.append(Done(message.id, "error", 0, 0, 0, Residency(), self._fault))
         self._publish()
-
-    def _placeable(self) -> bool:
-        return any(sequence.request.ready for sequence in self._scheduler.waiting)
 
     def _receive(self, block: bool) -> None:
         """Handles the messages that are there; if there is nothing else to do, waits for one."""

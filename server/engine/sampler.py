@@ -115,7 +115,7 @@ def _draw_plain(scaled: torch.Tensor, u: torch.Tensor, settings: Seq[Sampling]) 
 
 
 def _draw_sorted(scaled: torch.Tensor, u: torch.Tensor, settings: Seq[Sampling]) -> torch.Tensor:
-    """Rows with top_k or top_p: from the likeliest down, a first look at part of the vocabulary where that is enough."""
+    """Rows with top_k or top_p: from the likeliest down, through part of the vocabulary where it is enough."""
     vocabulary = scaled.shape[1]
     top_k = torch.tensor([min(s.top_k or vocabulary, vocabulary) for s in settings], device=scaled.device)
     top_p = torch.tensor([s.top_p for s in settings], device=scaled.device, dtype=torch.float64)

@@ -72,7 +72,7 @@ class Scheduler:
                 sequence.published = full
 
     def _decodes(self) -> list[Work]:
-        work = []
+        work: list[Work] = []
         for sequence in list(self.running):
             if len(work) >= self.max_batch_tokens:
                 break
@@ -97,7 +97,7 @@ class Scheduler:
         return tuple(blocks)
 
     def _prefills(self, budget: int) -> list[Work]:
-        work = []
+        work: list[Work] = []
         for sequence in self.running:
             if budget > 0 and sequence.pending > 1:
                 count = min(sequence.pending, budget)

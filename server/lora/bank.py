@@ -40,9 +40,9 @@ class Bank:
         """Live references over all slots; 0 when the engine is idle."""
         return sum(slot.references for slot in self._slots.values())
 
-    def digests(self) -> set[str]:
+    def digests(self) -> frozenset[str]:
         """What is resident and ready."""
-        return {digest for digest, slot in self._slots.items() if slot.weights}
+        return frozenset(digest for digest, slot in self._slots.items() if slot.weights)
 
     def holds(self, digest: str) -> bool:
         """Whether the adapter is resident or on its way."""

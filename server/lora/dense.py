@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.functional import linear
@@ -17,7 +19,7 @@ class Dense(nn.Module):
     On the CPU, `linear` repacks the weight at every call; here that is done once (docs/performance.md has figures).
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: Any):
         super().__init__()
         weight = base.weight.detach()
         weight = weight.t().contiguous() if isinstance(base, Conv1D) else weight

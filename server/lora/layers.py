@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ class LoraLinear(nn.Module):
         return y
 
 
-def install(model: nn.Module, info: BaseInfo) -> LoraStep:
+def install(model: Any, info: BaseInfo) -> LoraStep:
     """Replaces the linear layers of `model` by LoRA-aware ones, and the output head by a packed one."""
     step = LoraStep()
     for name in info.linears:

@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,21 @@ class KVShape:
     kv_heads: int
     key_dim: int
     value_dim: int
+
+
+@dataclass
+class BlockTable:
+    """Block ids [n] to gather, and the same as row numbers of a pool: a gather of whole rows is twice as fast."""
+
+    ids: torch.Tensor
+    _rows: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def rows(self, heads: int, blocks: int) -> torch.Tensor:
+        """[heads * n]: head h's block b is row h * blocks + b."""
+        if heads not in self._rows:
+            firsts = torch.arange(heads, device=self.ids.device)[:, None] * blocks
+            self._rows[heads] = (firsts + self.ids).view(-1)
+        return self._rows[heads]
 
 
 class KVPool:
@@ -69,13 +85,13 @@ class KVPool:
         self.keys[layer].index_copy_(1, slots, key)
         self.values[layer].index_copy_(1, slots, value)
 
-    def gather(self, layer: int, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the blocks in `table` [n], in that order: [kv_heads, n * block_size, dim] each."""
+    def gather(self, layer: int, table: BlockTable) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the table's blocks, in that order: [kv_heads, n * block_size, dim] each."""
 
         def take(pool: torch.Tensor) -> torch.Tensor:
             heads, _, dim = pool.shape
-            blocks = pool.view(heads, -1, self.block_size * dim).index_select(1, table)
-            return blocks.view(heads, -1, dim)
+            rows = pool.view(-1, self.block_size * dim).index_select(0, table.rows(heads, self.blocks + 1))
+            return rows.view(heads, -1, dim)
 
         return take(self.keys[layer]), take(self.values[layer])
 
@@ -84,12 +100,12 @@ class KVPool:
 class DecodeGroup:
     """Rows of one new token each whose contexts are about as long.
 
-    `tokens` [rows]: where each row's token lies in the packed step. `table` [rows * blocks]: each row's block ids,
+    `tokens` [rows]: where each row's token lies in the packed step. `table`, rows * blocks ids: each row's blocks,
     padded with the null block. `positions` [rows]: the position of the new token, so keys 0..position are visible.
     """
 
     tokens: torch.Tensor
-    table: torch.Tensor
+    table: BlockTable
     positions: torch.Tensor
     length: int
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
@@ -113,7 +129,7 @@ class PrefillChunk:
     start: int
     end: int
     context: int
-    table: torch.Tensor
+    table: BlockTable
     _masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> torch.Tensor | None:
@@ -125,8 +141,8 @@ class PrefillChunk:
         return self._masks[window]
 
     def _visible(self, new: int, length: int, window: int | None) -> torch.Tensor:
-        keys = torch.arange(length, device=self.table.device)
-        queries = torch.arange(self.context, length, device=self.table.device)[:, None]
+        keys = torch.arange(length, device=self.table.ids.device)
+        queries = torch.arange(self.context, length, device=self.table.ids.device)[:, None]
         visible = keys <= queries
         return visible if window is None else visible & (keys > queries - window)
 
@@ -223,7 +239,7 @@ def step(batch: AttentionBatch | _Probe) -> Iterator[None]:
         del _current.batch
 
 
-def probe(model: nn.Module) -> dict[int, KVShape]:
+def probe(model: Any) -> dict[int, KVShape]:
     """Runs two tokens through `model` and returns each attention layer's KV shape.
 
     Raises UnsupportedAttention when the family does not go through the attention interface in every layer.

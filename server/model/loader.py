@@ -30,7 +30,7 @@ BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 class Base:
     """The loaded base model. Its weights are never written to."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     info: BaseInfo
     dtype: torch.dtype
@@ -108,7 +108,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def linear_shape(module: nn.Module) -> LinearShape:
+def linear_shape(module: Any) -> LinearShape:
     """[in, out] of a linear or Conv1D, whose weight is stored the other way round."""
     rows, columns = module.weight.shape
     return LinearShape(rows, columns) if isinstance(module, Conv1D) else LinearShape(columns, rows)
@@ -136,7 +136,7 @@ def directory_digest(folder: Path, data_dir: Path) -> str:
     return f"sha256:{whole.hexdigest()}"
 
 
-def _load_model(folder: Path, dtype: torch.dtype) -> nn.Module:
+def _load_model(folder: Path, dtype: torch.dtype) -> Any:
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
