@@ -1,0 +1,1 @@
+"""Measures a running onebase, and its peers beside it."""
