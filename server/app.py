@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +14,8 @@ import psutil
 import torch
 from fastapi import FastAPI
 
-from server.api import adapters, errors, generate, health
+from server.api import adapters, errors, generate, health, limits
+from server.api.schemas import ErrorEnvelope
 from server.api.state import State
 from server.engine.blocks import BlockPool
 from server.engine.client import EngineClient
@@ -26,12 +28,13 @@ from server.model.loader import Base, load_base
 from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
 from server.registry.store import Store
-from server.settings import MIB, Settings
+from server.settings import Settings
 
 log = logging.getLogger("onebase.app")
 
 BLOCK_SIZE = 16  # tokens; a prefix is shared in whole blocks
-MAX_JSON_BYTES = 8 * MIB
+# A prefill chunk holds up every other row for a step, so it is kept short.
+_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 # Automatic KV size: this share of the memory that is free once the base is loaded, within these token bounds.
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
 _KV_BOUNDS = (2_048, 1_000_000)
@@ -62,14 +65,16 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
         version=version("onebase"),
         description="One frozen base model, shared by many LoRA adapters.",
         lifespan=lifespan,
-        max_body_size=MAX_JSON_BYTES,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # such an answer repeats the Host header
+        responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
     )
     app.state.onebase = state
+    app.add_middleware(limits.BodyLimit, limit=limits.by_kind(settings.max_upload_bytes))
     errors.install(app)
     app.include_router(generate.router)
-    app.include_router(adapters.make_router(settings.max_upload_bytes))
+    app.include_router(adapters.router)
     app.include_router(health.router)
     return app
 
@@ -86,7 +91,7 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
         Runner(base, blocks=blocks, block_size=BLOCK_SIZE),
         Scheduler(
             pool,
-            max_batch_tokens=settings.max_batch_tokens,
+            max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[base.device.type],
             max_running=settings.max_running,
             prefix_cache=settings.prefix_cache,
         ),
@@ -122,18 +127,20 @@ def preload(state: State, folder: Path) -> list[str]:
     One that does not fit this base is left out with a warning.
     """
     added = []
+    if not folder.is_dir():
+        log.warning("there is no directory %s to load adapters from", folder)
     for config in sorted(folder.glob("*/adapter_config.json")):
         name = config.parent.name
         with contextlib.suppress(OnebaseError):
             state.registry.get(name)
             continue
         with state.store.stage() as staging:
-            staging.config_path.write_bytes(config.read_bytes())
-            staging.weights_path.write_bytes((config.parent / "adapter_model.safetensors").read_bytes())
             try:
+                shutil.copyfile(config, staging.config_path)
+                shutil.copyfile(config.parent / "adapter_model.safetensors", staging.weights_path)
                 state.registry.put(name, staging)
-            except OnebaseError as fault:
-                log.warning("adapter %s is not served: %s", name, fault.message)
+            except (OnebaseError, OSError) as fault:
+                log.warning("adapter %s is not served: %s", name, fault)
             else:
                 added.append(name)
     return added

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import typer
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
+from rich.text import Text
 
 from server.settings import Settings
 
@@ -23,6 +25,8 @@ app.add_typer(adapters, name="adapters")
 
 Url = Annotated[str, typer.Option(envvar="ONEBASE_URL", help="The server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+PAGE = 1000
+QUOTE = '"'
 LOCAL = "http://127.0.0.1:8000"
 _errors = Console(stderr=True)
 
@@ -34,7 +38,7 @@ def _serve(print_config: bool = False, **flags: Any) -> None:
     except ValidationError as fault:
         for one in fault.errors():
             place = ".".join(str(part) for part in one["loc"]) or "settings"
-            _errors.print(f"[red]{place}[/]: {one['msg'].removeprefix('Value error, ')}")
+            _errors.print(Text(f"{place}: {one['msg'].removeprefix('Value error, ')}", "red"), soft_wrap=True)
         raise typer.Exit(2) from None
     if print_config:
         typer.echo(settings.model_dump_json(indent=2))
@@ -79,8 +83,8 @@ def list_adapters(url: Url = LOCAL, as_json: AsJson = False) -> None:
     rows: list[dict[str, Any]] = []
     after: str | None = None
     while True:
-        query = {"limit": "1000"} | ({"after": after} if after else {})
-        page = _call("GET", url, "/adapters", params=query).json()
+        query = {"limit": str(PAGE)} | ({"after": after} if after else {})
+        page = _call("GET", url, "/adapters", params=query)
         rows += page["data"]
         after = page["next"]
         if after is None:
@@ -92,17 +96,17 @@ def list_adapters(url: Url = LOCAL, as_json: AsJson = False) -> None:
 def show(name: str, url: Url = LOCAL, as_json: AsJson = False, versions: bool = False) -> None:
     """Shows one adapter, or with --versions its history."""
     if versions:
-        rows = _call("GET", url, f"/adapters/{name}/versions").json()["data"]
+        rows = _call("GET", url, f"{_adapter(name)}/versions")["data"]
         _show(rows, ("version", "current", "rank", "bytes", "digest"), as_json)
         return
-    body = _call("GET", url, f"/adapters/{name}").json()
+    body = _call("GET", url, _adapter(name))
     if as_json:
         typer.echo(json.dumps(body))
         return
     table = Table("field", "value")
     for key, value in body.items():
         table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 @adapters.command("push")
@@ -118,50 +122,64 @@ def push(
     config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     for path in (config, weights):
         if not path.is_file():
-            _errors.print(f"[red]no {path.name} in {folder}[/]")
-            raise typer.Exit(2)
+            raise _failed(f"no {path.name} in {folder}", 2)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as bar:
-        with config.open("rb") as config_file, bar.open(weights, "rb", description=f"push {name}") as weights_file:
-            body = _call(
-                "PUT",
-                url,
-                f"/adapters/{name}",
-                files={"config": (config.name, config_file), "weights": (weights.name, weights_file)},
-                params={"allow_zero": "true"} if allow_zero else {},
-                headers={"If-Match": f'"{if_match}"'} if if_match else {},
-            ).json()
+    with (
+        Progress(*columns, console=_errors, transient=True, disable=not _errors.is_terminal) as bar,
+        config.open("rb") as config_file,
+        bar.open(weights, "rb", description=f"push {name}") as weights_file,
+    ):
+        body = _call(
+            "PUT",
+            url,
+            _adapter(name),
+            files={"config": (config.name, config_file), "weights": (weights.name, weights_file)},
+            params={"allow_zero": "true"} if allow_zero else {},
+            headers={"If-Match": f'"{if_match.strip(QUOTE)}"'} if if_match else {},
+        )
     _show([body], ("name", "version", "rank", "parameters", "bytes", "digest"), as_json)
 
 
 @adapters.command("rm")
-def remove(name: str, url: Url = LOCAL) -> None:
+def remove(name: str, url: Url = LOCAL, as_json: AsJson = False) -> None:
     """Deletes an adapter."""
-    _call("DELETE", url, f"/adapters/{name}")
-    _errors.print(f"deleted {name}")
+    _call("DELETE", url, _adapter(name))
+    if as_json:
+        typer.echo(json.dumps({"deleted": name}))
+    else:
+        _errors.print(f"deleted {name}", highlight=False)
 
 
 @adapters.command("rollback")
 def rollback(name: str, version: int, url: Url = LOCAL, as_json: AsJson = False) -> None:
     """Makes an earlier version current again."""
-    body = _call("POST", url, f"/adapters/{name}/rollback", json={"version": version}).json()
+    body = _call("POST", url, f"{_adapter(name)}/rollback", json={"version": version})
     _show([body], ("name", "version", "rank", "bytes", "digest"), as_json)
 
 
-def _call(method: str, url: str, path: str, **more: Any) -> httpx.Response:
+def _call(method: str, url: str, path: str, **more: Any) -> Any:
+    """The answer's JSON. What goes wrong is said on stderr, with exit status 1."""
     try:
         response = httpx.request(method, url.rstrip("/") + path, timeout=300, **more)
-    except httpx.HTTPError as fault:
-        _errors.print(f"[red]no answer from {url}: {fault}[/]")
-        raise typer.Exit(1) from None
-    if response.is_error:
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = response.text[:200]
-        _errors.print(f"[red]{response.status_code}[/]: {message}", highlight=False)
-        raise typer.Exit(1)
-    return response
+    except (httpx.HTTPError, httpx.InvalidURL) as fault:
+        raise _failed(f"no answer from {url}: {fault}") from None
+    try:
+        body: Any = response.json() if response.content else None
+        if response.is_success:
+            return body
+        message = body["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"{url} does not answer like a onebase server"
+    raise _failed(f"{response.status_code}: {message}")
+
+
+def _adapter(name: str) -> str:
+    return f"/adapters/{quote(name, safe='')}"
+
+
+def _failed(message: str, status: int = 1) -> typer.Exit:
+    _errors.print(Text(message, "red"), soft_wrap=True)
+    return typer.Exit(status)
 
 
 def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -> None:
@@ -171,7 +189,7 @@ def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -
     table = Table(*columns)
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 if __name__ == "__main__":

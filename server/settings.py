@@ -42,7 +42,9 @@ class Settings(BaseSettings):
         (), description="comma list of URL prefixes that PUT {source} may read, e.g. hf://acme/,file:///srv/adapters/"
     )
 
-    max_batch_tokens: int = Field(512, ge=16, le=1 << 20, description="tokens of one step")
+    max_batch_tokens: int = Field(
+        0, ge=0, le=1 << 20, description="tokens of one step; 0: 256 on the CPU, 2048 on CUDA"
+    )
     max_running: int = Field(64, ge=1, le=4096, description="sequences in the batch at once")
     kv_cache_tokens: int = Field(0, ge=0, description="tokens the KV cache holds; 0: sized from free memory")
     max_queue_requests: int = Field(1024, ge=1, description="requests waiting or running; more are answered 503")

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from server.core import AdapterRef
 from server.engine.blocks import BlockPool
 from server.engine.engine import Engine
@@ -135,6 +137,7 @@ def running(base: Base, **options: Any) -> Iterator[Harness]:
     """A started engine; afterwards nothing may be held."""
     harness = Harness(base, **options)
     harness.engine.start()
+    torch.set_num_threads(2)  # for the oracle, which computes while the engine is idle
     try:
         yield harness
         harness.idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,38 +15,45 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 
+from server.api.limits import media_type
 from server.api.schemas import AdapterInfo, AdapterList, AdapterStatus, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
 from server.core import AdapterVersion
 from server.errors import InvalidRequest, TooLarge
 from server.registry import sources
 from server.registry.registry import PutResult
-from server.registry.store import storage_errors
+from server.registry.store import Staging, storage_errors
 
 MAX_CONFIG_BYTES = 64 * 1024
-FORM_OVERHEAD = 128 * 1024  # boundaries, part headers and the config, beside the weights
-UPLOADS_AT_ONCE = 2  # validation is work for a core; the step loop needs the others
-
 OneState = Annotated[State, Depends(state_of)]
 IfMatch = Annotated[str | None, Header(max_length=4096)]
-_uploads = anyio.CapacityLimiter(UPLOADS_AT_ONCE)
+router = APIRouter(prefix="/adapters")
+_PUT_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["config", "weights"],
+                    "properties": {
+                        "config": {"type": "string", "format": "binary", "description": "adapter_config.json"},
+                        "weights": {"type": "string", "format": "binary", "description": "adapter_model.safetensors"},
+                    },
+                }
+            },
+            "application/json": {"schema": Source.model_json_schema()},
+        },
+    }
+}
 
 
-def make_router(max_upload_bytes: int) -> APIRouter:
-    """The routes; an upload's body may have `max_upload_bytes` and the form around it."""
-    router = APIRouter(prefix="/adapters")
-    put = router.put(
-        "/{name}", response_model=AdapterInfo, max_body_size=max_upload_bytes + FORM_OVERHEAD, openapi_extra=_PUT_BODY
-    )
-    put(put_adapter)
-    router.get("", response_model=AdapterList)(list_adapters)
-    router.get("/{name}", response_model=AdapterStatus)(show_adapter)
-    router.get("/{name}/versions", response_model=VersionList)(list_versions)
-    router.post("/{name}/rollback", response_model=AdapterInfo)(roll_back)
-    router.delete("/{name}", status_code=204)(delete_adapter)
-    return router
-
-
+@router.put(
+    "/{name}",
+    response_model=AdapterInfo,
+    responses={200: {"description": "Replaced, or the same bytes again"}, 201: {"model": AdapterInfo}},
+    openapi_extra=_PUT_BODY,
+)
 async def put_adapter(
     name: str,
     request: Request,
@@ -58,20 +66,24 @@ async def put_adapter(
 
     201 when the name is new, 200 when it is replaced or the bytes are the current version's.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = media_type(request.scope)
     conditions = {"if_match": if_match, "if_none_match": if_none_match, "allow_zero": allow_zero}
     if kind == "application/json":
-        source = await _source(request)
-        result = await _in_upload_thread(_put_source, state, name, source, conditions)
+        with state.store.stage() as staging:
+            await anyio.to_thread.run_sync(_fetch, await _source(request), staging, state, limiter=state.fetches)
+            result = await _put(state, name, staging, conditions)
     elif kind == "multipart/form-data":
         async with request.form(max_files=2, max_fields=2, max_part_size=MAX_CONFIG_BYTES) as form:
             config, weights = _parts(form, state.settings.max_upload_bytes)
-            result = await _in_upload_thread(_put_parts, state, name, config, weights, conditions)
+            with state.store.stage() as staging:
+                await run_in_threadpool(_keep, config, weights, staging)
+                result = await _put(state, name, staging, conditions)
     else:
         raise InvalidRequest("send multipart/form-data with 'config' and 'weights', or application/json with 'source'")
     return _with_etag(result.version, 201 if result.created else 200)
 
 
+@router.get("", response_model=AdapterList)
 async def list_adapters(
     state: OneState,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
@@ -82,6 +94,7 @@ async def list_adapters(
     return {"data": [_status(state, version) for version in page], "next": following}
 
 
+@router.get("/{name}", response_model=AdapterStatus)
 async def show_adapter(name: str, response: Response, state: OneState) -> dict[str, Any]:
     """The current version, and where it is."""
     version = state.registry.get(name)
@@ -89,6 +102,7 @@ async def show_adapter(name: str, response: Response, state: OneState) -> dict[s
     return _status(state, version)
 
 
+@router.get("/{name}/versions", response_model=VersionList)
 async def list_versions(name: str, state: OneState) -> dict[str, Any]:
     """The history of an adapter, oldest first."""
     current = state.registry.get(name).version
@@ -96,12 +110,14 @@ async def list_versions(name: str, state: OneState) -> dict[str, Any]:
     return {"data": [_plain(version) | {"current": version.version == current} for version in versions]}
 
 
+@router.post("/{name}/rollback", response_model=AdapterInfo)
 async def roll_back(name: str, body: Rollback, state: OneState, if_match: IfMatch = None) -> Response:
     """Makes an earlier version current again, under its own number."""
     version = await run_in_threadpool(state.registry.rollback, name, body.version, if_match=if_match)
     return _with_etag(version, 200)
 
 
+@router.delete("/{name}", status_code=204)
 async def delete_adapter(name: str, state: OneState, if_match: IfMatch = None) -> Response:
     """Removes an adapter. Requests in flight finish on the version that they began with."""
     digest = state.registry.get(name).digest
@@ -111,9 +127,9 @@ async def delete_adapter(name: str, state: OneState, if_match: IfMatch = None) -
     return Response(status_code=204)
 
 
-async def _in_upload_thread(function: Any, *arguments: Any) -> PutResult:
-    result: PutResult = await anyio.to_thread.run_sync(function, *arguments, limiter=_uploads)
-    return result
+async def _put(state: State, name: str, staging: Staging, conditions: dict[str, Any]) -> PutResult:
+    put = partial(state.registry.put, name, staging, **conditions)
+    return await anyio.to_thread.run_sync(put, limiter=state.checks)
 
 
 async def _source(request: Request) -> str:
@@ -140,23 +156,17 @@ def _parts(form: FormData, max_bytes: int) -> tuple[UploadFile | str, UploadFile
     return config, weights
 
 
-def _put_parts(
-    state: State, name: str, config: UploadFile | str, weights: UploadFile, conditions: dict[str, Any]
-) -> PutResult:
-    with state.store.stage() as staging:
-        with storage_errors("keep the upload"):
-            if isinstance(config, str):
-                staging.config_path.write_text(config, encoding="utf-8")
-            else:
-                _copy(config, staging.config_path)
-            _copy(weights, staging.weights_path)
-        return state.registry.put(name, staging, **conditions)
+def _keep(config: UploadFile | str, weights: UploadFile, staging: Staging) -> None:
+    with storage_errors("keep the upload"):
+        if isinstance(config, str):
+            staging.config_path.write_text(config, encoding="utf-8")
+        else:
+            _copy(config, staging.config_path)
+        _copy(weights, staging.weights_path)
 
 
-def _put_source(state: State, name: str, source: str, conditions: dict[str, Any]) -> PutResult:
-    with state.store.stage() as staging:
-        sources.fetch(source, staging, state.settings.adapter_sources, state.settings.max_upload_bytes)
-        return state.registry.put(name, staging, **conditions)
+def _fetch(source: str, staging: Staging, state: State) -> None:
+    sources.fetch(source, staging, state.settings.adapter_sources, state.settings.max_upload_bytes)
 
 
 def _copy(part: UploadFile, target: Path) -> None:
@@ -189,23 +199,3 @@ def _residency(state: State, digest: str) -> Literal["disk", "ram", "device"]:
     if digest in state.client.stats.resident:
         return "device"
     return "ram" if state.cache.peek(digest) else "disk"
-
-
-_PUT_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["config", "weights"],
-                    "properties": {
-                        "config": {"type": "string", "format": "binary", "description": "adapter_config.json"},
-                        "weights": {"type": "string", "format": "binary", "description": "adapter_model.safetensors"},
-                    },
-                }
-            },
-            "application/json": {"schema": Source.model_json_schema()},
-        },
-    }
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import secrets
@@ -9,8 +10,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import InvalidRequest, OnebaseError
@@ -18,6 +20,8 @@ from server.errors import InvalidRequest, OnebaseError
 log = logging.getLogger("onebase.api")
 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+MAX_PARAM = 200
+RETRY_AFTER = 1  # seconds, where the fault knows nothing better
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -43,10 +47,12 @@ class RequestId:
         await self.app(scope, receive, with_id)
 
 
-def answer(fault: OnebaseError) -> JSONResponse:
+def answer(fault: OnebaseError) -> Response:
     """The HTTP answer of a fault."""
-    headers = {"Retry-After": str(fault.retry_after)} if fault.retry_after is not None else None
-    return JSONResponse(fault.envelope(), status_code=fault.status, headers=headers)
+    wait = fault.retry_after or (RETRY_AFTER if fault.status == 503 else None)
+    headers = {"Retry-After": str(wait)} if wait else None
+    content = json.dumps(fault.envelope())  # in ASCII: a message may repeat what is no valid text
+    return Response(content, status_code=fault.status, headers=headers, media_type="application/json")
 
 
 def install(app: FastAPI) -> None:
@@ -55,23 +61,29 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(OnebaseError, _on_fault)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(ClientDisconnect, _on_gone)
     app.add_exception_handler(Exception, _on_unexpected)
 
 
-async def _on_fault(request: Request, fault: Any) -> JSONResponse:
+async def _on_fault(request: Request, fault: Any) -> Response:
     return answer(fault)
 
 
-async def _on_invalid(request: Request, fault: Any) -> JSONResponse:
+async def _on_invalid(request: Request, fault: Any) -> Response:
     first = fault.errors()[0]
-    place = [str(part) for part in first.get("loc", ()) if part not in ("body", "query", "path", "header")]
-    # A union's branches appear in the place (`prompt.list[int].0`); the field's name is what helps.
-    param = ".".join(part for part in place if re.fullmatch(r"[a-z0-9_-]+", part) and part not in ("str",)) or None
-    message = str(first.get("msg", "invalid request")).removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        return answer(InvalidRequest(f"the body is not JSON: {first['ctx']['error']}"))
+    _, *place = first["loc"]  # without `body`, `query`, …; and without the tags that schemas.py gives to forms
+    param = ".".join(str(part) for part in place if not str(part).startswith("<"))[:MAX_PARAM] or None
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
+        message = "the body must be a JSON object, sent as application/json"
     return answer(InvalidRequest(f"{param}: {message}" if param else message, param=param))
 
 
-async def _on_http(request: Request, fault: Any) -> JSONResponse:
+async def _on_http(request: Request, fault: Any) -> Response:
+    if fault.status_code == 400:  # the framework's word for a body that it cannot parse
+        return answer(InvalidRequest(str(fault.detail)))
     kind = _TYPES.get(fault.status_code, "invalid_request_error")
     codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
     body = {
@@ -83,7 +95,11 @@ async def _on_http(request: Request, fault: Any) -> JSONResponse:
     return JSONResponse({"error": body}, status_code=fault.status_code, headers=getattr(fault, "headers", None))
 
 
-async def _on_unexpected(request: Request, fault: Any) -> JSONResponse:
+async def _on_gone(request: Request, fault: Any) -> Response:
+    return Response(status_code=499)  # while its body was read: nobody is there to read this
+
+
+async def _on_unexpected(request: Request, fault: Any) -> Response:
     log.error("unexpected fault", exc_info=fault)
     response = answer(OnebaseError("an unexpected error; the server's log has more"))
     request_id = request.scope.get("state", {}).get("request_id")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -16,16 +16,22 @@ from fastapi.sse import EventSourceResponse, format_sse_event
 from server.api import prompts
 from server.api.render import Answer
 from server.api.schemas import GenerateRequest, GenerateResponse
-from server.api.state import State, state_of
+from server.api.state import Activity, State, state_of
 from server.engine.client import Stream
 from server.engine.messages import Delta, Done, Sampling, Submit
-from server.errors import EngineFailure, OnebaseError
+from server.errors import EngineFailure, InvalidRequest, OnebaseError
 
+log = logging.getLogger("onebase.api")
 router = APIRouter()
+_UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold a stream back
 OneState = Annotated[State, Depends(state_of)]
 
 
-@router.post("/v1/generate", response_model=GenerateResponse)
+@router.post(
+    "/v1/generate",
+    response_model=GenerateResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
 async def generate(body: GenerateRequest, request: Request, state: OneState) -> Response:
     """Answers with the whole text, or with Server-Sent Events when `stream` is true."""
     stream, answer = await _open(body, state)
@@ -46,7 +52,7 @@ async def generate(body: GenerateRequest, request: Request, state: OneState) -> 
     except BaseException:
         _close(state, stream, watcher)
         raise
-    return EventSourceResponse(_chunks(first, events, answer, state, stream, watcher))
+    return EventSourceResponse(_chunks(first, events, answer, state, stream, watcher), headers=_UNBUFFERED)
 
 
 async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
@@ -58,6 +64,12 @@ async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
             prompt = await asyncio.to_thread(prompts.encode, *arguments)
         else:
             prompt = prompts.encode(*arguments)
+        most = (len(prompt) + body.max_tokens) * body.n
+        if most > state.client.max_tokens:  # waiting would not help
+            raise InvalidRequest(
+                f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {state.client.max_tokens}",
+                param="n" if body.n > 1 else "max_tokens",
+            )
         submit = Submit(
             id=f"gen-{secrets.token_hex(12)}",
             prompt=prompt,
@@ -67,10 +79,13 @@ async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
             salt=state.salt,
         )
 
+        activity: Activity | None = None
+
         def on_done(done: Done) -> None:
             if lease is not None:
                 lease.release()
-                state.ended(lease.ref.name)
+            if activity is not None:
+                activity.in_flight -= 1
 
         stream = state.client.submit(submit, on_done)
     except BaseException:
@@ -78,7 +93,7 @@ async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
             lease.release()
         raise
     if lease is not None:
-        state.began(lease.ref.name)
+        activity = state.began(lease.ref.name)
     return stream, Answer(submit, state.base, int(time.time()))
 
 
@@ -118,29 +133,30 @@ async def _chunks(
     stream: Stream,
     watcher: asyncio.Task[None],
 ) -> AsyncIterator[bytes]:
-    """Chunks, the last one with usage, then `[DONE]`; a fault becomes `event: error`. The stream never just stops."""
+    """Chunks, the last one with usage, then `[DONE]`; or, after a fault, `event: error` as the last. The stream never
+    just stops.
+    """
     try:
         last: Delta | None = None
+        left = stream.submit.n
         async for event in _chain(first, events):
             if isinstance(event, Done):
                 answer.add(event)
                 answer.raise_fault()
                 yield format_sse_event(data_str=answer.chunk(last, event))
                 continue
-            if last is not None:
-                yield format_sse_event(data_str=answer.chunk(last))
-            last = event if event.finish_reason else None  # held back: the very last one carries the usage
-            if last is None:
+            left -= event.finish_reason is not None
+            if left:
                 yield format_sse_event(data_str=answer.chunk(event))
+            else:
+                last = event  # held back until its Done, which comes with it: the very last one carries the usage
         yield format_sse_event(data_str="[DONE]")
     except OnebaseError as fault:
         yield format_sse_event(event="error", data_str=answer.dump(fault.envelope()))
-        yield format_sse_event(data_str="[DONE]")
     except Exception:
-        fault = EngineFailure("the stream could not be continued")
-        with contextlib.suppress(Exception):
-            yield format_sse_event(event="error", data_str=answer.dump(fault.envelope()))
-        raise
+        log.exception("a stream could not be continued")
+        told = EngineFailure("the stream could not be continued")
+        yield format_sse_event(event="error", data_str=answer.dump(told.envelope()))
     finally:
         _close(state, stream, watcher)
 

@@ -23,6 +23,8 @@ def size(body: GenerateRequest) -> int:
 
 def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ...]:
     """The prompt's token ids. Raises InvalidRequest naming the field at fault."""
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give exactly one of 'prompt' and 'messages'", param="prompt")
     param = "messages" if body.messages is not None else "prompt"
     if isinstance(body.prompt, list):
         bad = next((i for i in body.prompt if not 0 <= i < base.vocab_size), None)
@@ -30,9 +32,9 @@ def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ..
             raise InvalidRequest(f"token id {bad} is outside the vocabulary (0..{base.vocab_size - 1})", param=param)
         ids = body.prompt
     elif body.messages is not None:
-        ids = _ids(base.tokenizer, _render(body, base.tokenizer), special=False)
+        ids = _ids(base.tokenizer, _render(body, base.tokenizer), param, special=False)
     else:
-        ids = _ids(base.tokenizer, body.prompt or "", special=True)
+        ids = _ids(base.tokenizer, body.prompt or "", param, special=True)
     if not ids:
         raise InvalidRequest("the prompt has no tokens", param=param)
     if len(ids) + body.max_tokens > max_context:
@@ -44,11 +46,11 @@ def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ..
     return tuple(ids)
 
 
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+def _ids(tokenizer: Any, text: str, param: str, *, special: bool) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as fault:
-        raise InvalidRequest("the prompt has lone surrogates, which are not text", param="prompt") from fault
+        raise InvalidRequest(f"{param}: lone surrogates are not text", param=param) from fault
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     return ids
 

@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from server.engine.messages import Delta, Done, Residency, Submit, TokenLogprob
-from server.errors import OnebaseError
 from server.model.loader import Base
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 MAX_PROMPT_CHARS = 2_000_000
 MAX_PROMPT_TOKENS = 1_000_000
@@ -12,6 +12,22 @@ MAX_N = 16
 MAX_STOPS = 16
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+def _form(value: Any) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+# Text or a list: the value's own kind decides which errors are told. The tags are no part of a field's name.
+BY_FORM = Discriminator(_form)
+Prompt = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS), Tag("<text>")]
+    | Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True), Tag("<list>")],
+    BY_FORM,
+]
+Stops = Annotated[
+    Annotated[Stop, Tag("<text>")] | Annotated[list[Stop], Field(max_length=MAX_STOPS), Tag("<list>")], BY_FORM
+]
 
 
 class Strict(BaseModel):
@@ -31,12 +47,8 @@ class GenerateRequest(Strict):
     """`POST /v1/generate`. Exactly one of `prompt` and `messages`; `adapter` null is the base."""
 
     adapter: AdapterName | None = None
-    prompt: (
-        Annotated[str, StringConstraints(min_length=1, max_length=MAX_PROMPT_CHARS)]
-        | Annotated[list[int], Field(min_length=1, max_length=MAX_PROMPT_TOKENS)]
-        | None
-    ) = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)] | None = None
+    prompt: Prompt | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     max_tokens: int = Field(64, ge=1, le=1_000_000)
     temperature: float = Field(0.0, ge=0, le=5)
     top_p: float = Field(1.0, gt=0, le=1)
@@ -46,22 +58,31 @@ class GenerateRequest(Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, lt=2**64, description="null: the server draws one")
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] = Field(default_factory=list)
+    stop: Stops | None = None
     ignore_eos: bool = False
     logprobs: int | None = Field(None, ge=0, le=20)
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
 
-    @model_validator(mode="after")
-    def _one_prompt(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give exactly one of 'prompt' and 'messages'")
-        return self
-
     @property
     def stops(self) -> tuple[str, ...]:
         """The stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class Fault(BaseModel):
+    """What went wrong, and the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every answer that is an error."""
+
+    error: Fault
 
 
 class AdapterUsed(BaseModel):

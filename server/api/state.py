@@ -6,6 +6,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+import anyio
 from fastapi import Request
 
 from server.engine.client import EngineClient
@@ -14,6 +15,9 @@ from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
+
+CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
+FETCHES_AT_ONCE = 8  # fetching one is mostly waiting
 
 
 @dataclass
@@ -27,7 +31,9 @@ class Activity:
 
 @dataclass
 class State:
-    """Everything an endpoint may reach. `salt` separates this tenant's prompts in the prefix cache."""
+    """Everything an endpoint may reach. `salt` separates this tenant's prompts in the prefix cache; `checks` and
+    `fetches` bound how many uploads are worked on at once.
+    """
 
     settings: Settings
     base: Base
@@ -38,16 +44,14 @@ class State:
     max_context: int
     salt: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     activity: dict[str, Activity] = field(default_factory=dict)
+    checks: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(CHECKS_AT_ONCE))
+    fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(FETCHES_AT_ONCE))
 
-    def began(self, name: str) -> None:
-        """A request for the adapter `name` was taken."""
+    def began(self, name: str) -> Activity:
+        """A request for the adapter `name` was taken. When it ends, `in_flight` of what is returned goes down."""
         one = self.activity.setdefault(name, Activity())
         one.requests, one.in_flight, one.last_used = one.requests + 1, one.in_flight + 1, time.time()
-
-    def ended(self, name: str) -> None:
-        """It has ended, however it did."""
-        if name in self.activity:
-            self.activity[name].in_flight -= 1
+        return one
 
 
 def state_of(request: Request) -> State:

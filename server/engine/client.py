@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
+from time import monotonic
 
 from server.engine.engine import Engine
-from server.engine.messages import Delta, Done, Event, Stats, Submit
-from server.errors import Overloaded
+from server.engine.messages import Delta, Done, Event, Residency, Stats, Submit
+from server.errors import EngineFailure, Overloaded
+
+log = logging.getLogger("onebase.engine")
+
+STALL_SECONDS = 60  # far longer than any step
 
 
 class Stream:
@@ -37,6 +43,7 @@ class EngineClient:
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.open_tokens = 0
         self.draining = False
+        self._busy_since = 0.0
         self._streams: dict[str, Stream] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -55,8 +62,13 @@ class EngineClient:
 
     @property
     def ready(self) -> bool:
-        """Whether new requests are taken and the engine runs."""
-        return self._engine is not None and self._engine.alive and not self.draining
+        """Whether new requests are taken and the engine runs and, if it has work, steps."""
+        return self._engine is not None and self._engine.alive and not self.draining and not self.stalled
+
+    @property
+    def stalled(self) -> bool:
+        """Whether requests are open and no step has ended for a long time."""
+        return bool(self._streams) and monotonic() - max(self.stats.last_step_at, self._busy_since) > STALL_SECONDS
 
     @property
     def stats(self) -> Stats:
@@ -82,11 +94,17 @@ class EngineClient:
         if self.open_tokens + worst > self.max_tokens:
             raise Overloaded(f"the queue is full ({self.max_tokens} tokens)", code="queue_full", retry_after=1)
         stream = Stream(submit, on_done)
+        if not self._streams:
+            self._busy_since = monotonic()
         self._streams[submit.id] = stream
         self.open_tokens += worst
         self._idle.clear()
         assert self._engine is not None
         self._engine.submit(submit)
+        if not self._engine.alive:  # it died just now, perhaps without having seen this request
+            fault = EngineFailure("the engine failed")
+            lost: list[Event] = [Done(submit.id, "error", len(submit.prompt), 0, 0, Residency(), fault)]
+            asyncio.get_running_loop().call_soon(self._dispatch, lost)
         return stream
 
     def cancel(self, request_id: str) -> None:
@@ -118,10 +136,14 @@ class EngineClient:
             if isinstance(event, Done):
                 del self._streams[event.id]
                 self.open_tokens -= self._worst(stream.submit)
-                stream.on_done(event)
                 if not self._streams:
                     self._idle.set()
             stream.put(event)
+            if isinstance(event, Done):
+                try:
+                    stream.on_done(event)
+                except Exception:  # the events of others come after it
+                    log.exception("ending a request failed")
 
     @staticmethod
     def _worst(submit: Submit) -> int:

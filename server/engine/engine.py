@@ -5,6 +5,7 @@ A step is schedule -> forward -> sample -> events. Every request that is submitt
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -48,7 +49,7 @@ class Engine:
         *,
         fetch: Callable[[str], AdapterWeights],
         emit: Callable[[list[Event]], None],
-        threads: int = 0,
+        threads: int,
     ):
         self._runner, self._scheduler, self._emit, self._threads = runner, scheduler, emit, threads
         self._inbox: queue.SimpleQueue[Submit | Cancel | Loaded | Stop] = queue.SimpleQueue()
@@ -58,11 +59,16 @@ class Engine:
         self._order = 0
         self._fault: OnebaseError | None = None
         self.stats = Stats(blocks=scheduler.pool.count, slots=bank.capacity)
+        self._started = threading.Event()
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread. From then on all other threads compute on one core each: two pools on the same cores
+        would wait for each other's time slices at every operation.
+        """
         self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(1)
 
     def submit(self, submit: Submit) -> None:
         """From any thread. Ends in exactly one Done."""
@@ -83,8 +89,17 @@ class Engine:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        if self._threads:
-            torch.set_num_threads(self._threads)
+        torch.set_num_threads(self._threads)
+        torch.get_num_threads()  # binds the number to this thread; else it would be asked for at the first operation
+        self._started.set()
+        try:
+            self._loop()
+        except Exception:  # a fault of our own: the server is not ready any more, but no request is left hanging
+            log.exception("the engine failed")
+            self._fault = EngineFailure("the engine failed")
+        self._close()
+
+    def _loop(self) -> None:
         idle = True
         while self._fault is None:
             self._receive(block=idle)
@@ -94,14 +109,18 @@ class Engine:
                 self._step(work)
             self._publish()
             idle = not work  # then nothing changes until a message comes
-        self._loader.close()
+
+    def _close(self) -> None:
+        """Ends what is open, and what was submitted too late."""
         for request in list(self._requests.values()):
-            self._end(request, "error", self._fault)
+            with contextlib.suppress(AssertionError):  # a broken account must not keep the others from ending
+                self._end(request, "error", self._fault)
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):
                 self._events.append(Done(message.id, "error", 0, 0, 0, Residency(), self._fault))
         self._publish()
+        self._loader.close()  # last: it waits for a load under way
 
     def _receive(self, block: bool) -> None:
         """Handles the messages that are there; if there is nothing else to do, waits for one."""
@@ -147,7 +166,11 @@ class Engine:
         self.stats.steps += 1
         for item, choice in choices:
             if item.sequence.finish_reason is None and item.sequence.request.submit.id in self._requests:
-                self._take(item.sequence, choice)
+                try:
+                    self._take(item.sequence, choice)
+                except Exception:  # a tokenizer that cannot decode, say: that request's fault alone
+                    log.exception("a token could not be taken")
+                    self._end(item.sequence.request, "error", EngineFailure("the answer could not be decoded"))
 
     def _take(self, sequence: Sequence, choice: Choice) -> None:
         request, sampling = sequence.request, sequence.request.submit.sampling
@@ -184,20 +207,20 @@ class Engine:
             self._end(request, "finished")
 
     def _end(self, request: Request, outcome: str, error: OnebaseError | None = None) -> None:
-        """The one way a request ends: everything it holds goes back, and its Done goes out."""
+        """The one way a request ends: its Done goes out with the step's events, and everything it holds goes back."""
         if self._requests.pop(request.submit.id, None) is None:
             return
+        cached = request.sequences[0].cached or 0
+        prompt = len(request.submit.prompt)
+        made = sum(sequence.produced for sequence in request.sequences)
+        self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
+        self.stats.prompt_tokens += prompt
+        self.stats.cached_tokens += cached
+        self.stats.outcomes[outcome] = self.stats.outcomes.get(outcome, 0) + 1
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 self._scheduler.remove(sequence)
         self._loader.give_up(request)
-        cached = request.sequences[0].cached or 0
-        prompt = len(request.submit.prompt)
-        made = sum(sequence.produced for sequence in request.sequences)
-        self.stats.prompt_tokens += prompt
-        self.stats.cached_tokens += cached
-        self.stats.outcomes[outcome] = self.stats.outcomes.get(outcome, 0) + 1
-        self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
 
     def _publish(self) -> None:
         scheduler, bank, stats = self._scheduler, self._loader.bank, self.stats

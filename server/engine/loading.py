@@ -36,8 +36,7 @@ class AdapterLoader:
     ):
         self.bank, self._fetch, self._post, self._device = bank, fetch, post, device
         self._lacking: dict[str, Request] = {}  # by request id, in the order of arrival
-        # One thread of its own per load: torch's thread pool belongs to the step.
-        self._threads = ThreadPoolExecutor(_THREADS, "onebase-load", initializer=torch.set_num_threads, initargs=(1,))
+        self._threads = ThreadPoolExecutor(_THREADS, "onebase-load")
 
     def __len__(self) -> int:
         return len(self._lacking)

@@ -32,7 +32,8 @@ class Scheduler:
     """Queues and the block accounts; owned by the engine's thread."""
 
     def __init__(self, pool: BlockPool, *, max_batch_tokens: int, max_running: int, prefix_cache: bool = True):
-        self.pool, self.max_batch_tokens, self.max_running = pool, max_batch_tokens, max_running
+        self.pool, self.max_batch_tokens = pool, max_batch_tokens
+        self.max_running = min(max_running, max_batch_tokens)  # every running row can decode in every step
         self.prefix_cache = prefix_cache
         self.waiting: list[Sequence] = []  # by arrival
         self.running: list[Sequence] = []  # by arrival

@@ -19,7 +19,7 @@ from server.errors import Forbidden, InvalidRequest, TooLarge
 from server.lora.spec import MAX_CONFIG_BYTES
 from server.registry.store import CONFIG_FILE, WEIGHTS_FILE, Staging, storage_errors
 
-MAX_SOURCE = 1024
+MAX_SOURCE = 2048
 _CHUNK = 1024 * 1024
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _HF = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?/?", re.ASCII)

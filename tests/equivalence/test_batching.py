@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from server.lora.dense import Dense
 from tests.exactness import assert_same
 from tests.families import ATTENTION, FAMILIES, MLP, VOCABULARY, Oracle, prompts_of, save_adapter, save_model
 from tests.harness import fresh_base, running
@@ -149,3 +151,24 @@ def test_slots_are_reused_without_a_trace(folder: Path, adapters: list[Path], or
 
 def test_families_list_is_the_tested_one() -> None:
     assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "gemma", "phi3", "gpt2"}
+
+
+def test_the_base_is_never_written_to(folder: Path, adapters: list[Path]) -> None:
+    base = fresh_base(folder)
+    with running(base, blocks=40, slots=2) as harness:
+        before = _weights(base.model)
+        harness.run(*requests_of(adapters))
+        after = _weights(base.model)
+    assert before.keys() == after.keys()
+    assert len(before) > 20
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]), name
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of every weight: parameters, and those that are laid out anew for the machine."""
+    copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for name, module in model.named_modules():
+        if isinstance(module, Dense):
+            copies[name] = (module.weight.to_dense() if module.packed else module.weight).clone()
+    return copies

@@ -1,0 +1,180 @@
+"""Writes the tables of docs/operations.md and docs/api.md that follow from the code: `python -m docs.generate`.
+
+A table stands between `<!-- generated:NAME -->` and `<!-- generated:end -->`. tests/unit/test_docs.py compares.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server import errors
+from server.api.schemas import GenerateRequest, Message, Rollback, Source
+from server.settings import GIB, MIB, Settings
+
+DOCS = Path(__file__).parent
+PAGES = ("operations.md", "api.md")
+_TABLE = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- generated:end -->)", re.DOTALL)
+
+# What a field of a request means; its type, default and bounds come from the schema.
+MEANING = {
+    "adapter": "name of an adapter; null is the base",
+    "prompt": "text, or token ids of the base's vocabulary; exactly one of `prompt` and `messages`",
+    "messages": "a chat; goes through the base's chat template",
+    "max_tokens": "most tokens of each answer; prompt + max_tokens must fit the context",
+    "temperature": "0 is greedy",
+    "top_p": "draw from the likeliest tokens whose probabilities reach this sum; 1 is off",
+    "top_k": "draw from this many of the likeliest tokens; 0 is off",
+    "min_p": "drop tokens less likely than this share of the likeliest; 0 is off",
+    "repetition_penalty": "over prompt and output; 1 is off",
+    "presence_penalty": "over the output; 0 is off",
+    "frequency_penalty": "over the output; 0 is off",
+    "seed": "the same seed gives the same answer; null: the server draws one",
+    "stop": "text, or a list of texts, that ends the answer and is not part of it",
+    "ignore_eos": "go on past the end-of-text token",
+    "logprobs": "null: none; k: log-probabilities of the chosen tokens and of the k likeliest",
+    "n": "answers to the same prompt",
+    "stream": "answer with Server-Sent Events",
+    "role": "who speaks",
+    "content": "what is said",
+    "version": "the version that becomes current",
+    "source": "`file://`, `hf://` or `s3://` address of a directory or repository",
+}
+
+
+def settings_table() -> str:
+    """One row a setting."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        prop = Settings.model_json_schema()["properties"][name]
+        default = _settings_default(field.default)
+        bounds = _bounds(prop) if prop.get("type") in ("integer", "number") else _choices(prop)
+        rows.append((f"`ONEBASE_{name.upper()}`", default, bounds, field.description or ""))
+    return _markdown(("variable", "default", "bounds", "meaning"), rows)
+
+
+def request_table() -> str:
+    """One row a field of `POST /v1/generate`, then those of a message."""
+    rows = _fields(GenerateRequest) + _fields(Message, "messages[].")
+    return _markdown(("field", "type and bounds", "default", "meaning"), rows)
+
+
+def bodies_table() -> str:
+    """The other JSON bodies."""
+    rows = [
+        (f"`{call}`", *row)
+        for call, model in (("POST /adapters/<name>/rollback", Rollback), ("PUT /adapters/<name>", Source))
+        for row in _fields(model)
+    ]
+    return _markdown(("call", "field", "type and bounds", "default", "meaning"), rows)
+
+
+def errors_table() -> str:
+    """One row a kind of error, by status."""
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.OnebaseError)]
+    rows = [
+        (str(kind.status), f"`{kind.type}`", f"`{kind.code}`", _first_sentence(kind))
+        for kind in sorted(kinds, key=lambda kind: (kind.status, kind.code))
+        if kind is not errors.OnebaseError
+    ]
+    rows.append(("500", "`server_error`", "`internal_error`", "A fault of the server; its log has more"))
+    return _markdown(("status", "type", "code", "when"), rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "settings": settings_table,
+    "request": request_table,
+    "bodies": bodies_table,
+    "errors": errors_table,
+}
+
+
+def render(text: str) -> str:
+    """`text` with every generated table as it should be now."""
+    return _TABLE.sub(lambda found: f"{found[1]}\n{TABLES[found['name']]()}\n{found[3]}", text)
+
+
+def main() -> None:
+    """Rewrites the pages in place."""
+    for page in PAGES:
+        path = DOCS / page
+        path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _fields(model: Any, prefix: str = "") -> list[tuple[str, ...]]:
+    schema = model.model_json_schema()
+    required = schema.get("required", [])
+    return [
+        (f"`{prefix}{name}`", _kind(prop), "required" if name in required else _default(prop), MEANING[name])
+        for name, prop in schema["properties"].items()
+    ]
+
+
+def _kind(prop: dict[str, Any]) -> str:
+    """A JSON schema in words, every bound included."""
+    if branches := prop.get("anyOf") or prop.get("oneOf"):
+        return " or ".join(_kind(one) for one in branches)
+    if "$ref" in prop:
+        return prop["$ref"].rpartition("/")[2].lower()
+    if "enum" in prop:
+        return " or ".join(f"`{one}`" for one in prop["enum"])
+    kind = prop["type"]
+    if kind == "array":
+        size = _between(prop.get("minItems"), prop.get("maxItems"))
+        return f"list of {size}: {_kind(prop['items'])}"
+    if kind == "string" and "pattern" in prop:
+        return f"text `{prop['pattern'].strip('^$')}`"
+    if kind == "string":
+        return f"text of {_between(prop.get('minLength'), prop.get('maxLength'))} characters"
+    return f"{kind} {_bounds(prop)}".strip()
+
+
+def _bounds(prop: dict[str, Any]) -> str:
+    words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    return ", ".join(f"{sign} {_number(prop[key])}" for key, sign in words.items() if key in prop)
+
+
+def _choices(prop: dict[str, Any]) -> str:
+    if "enum" in prop or "const" in prop:
+        return ", ".join(f"`{one}`" for one in prop.get("enum", [prop.get("const")]))
+    return "`true`, `false`" if prop.get("type") == "boolean" else ""
+
+
+def _between(low: int | None, high: int | None) -> str:
+    return f"{_number(low or 0)} to {_number(high)}" if high is not None else f"at least {low or 0}"
+
+
+def _number(value: float | None) -> str:
+    if value == 2**64:
+        return "2^64"
+    return f"{value:,}" if isinstance(value, int) or (value is not None and value >= 1000) else f"{value:g}"
+
+
+def _default(prop: dict[str, Any]) -> str:
+    value = prop.get("default", [])
+    return "`[]`" if value == [] else f"`{'null' if value is None else str(value).lower()}`"
+
+
+def _settings_default(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, int) and not isinstance(value, bool) and value >= MIB and value % MIB == 0:
+        return f"`{value}` ({value // GIB} GiB)" if value % GIB == 0 else f"`{value}` ({value // MIB} MiB)"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _first_sentence(kind: type) -> str:
+    text = " ".join((kind.__doc__ or "").split())
+    return re.sub(r" \(\d{3}[^)]*\)\.?$", "", text).rstrip(".")
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""`/healthz`, `/readyz`, `/metrics`."""
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.serving import until
+
+OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
+
+
+def families(response):
+    return {family.name: family for family in text_string_to_metric_families(response.text)}
+
+
+def test_the_process_answers(server):
+    assert server.http.get("/healthz").json() == {"status": "ok"}
+
+
+def test_ready_while_the_engine_takes_requests(server, monkeypatch):
+    assert server.http.get("/readyz").json() == {"status": "ready", "base": "tiny-llama"}
+    monkeypatch.setattr(server.state.client, "draining", True)
+    response = server.http.get("/readyz")
+    assert (response.status_code, response.json()["reason"]) == (503, "draining")
+    assert server.http.get("/healthz").status_code == 200
+
+
+def test_not_ready_when_the_engine_has_died(server, monkeypatch):
+    monkeypatch.setattr(type(server.engine), "alive", False)
+    response = server.http.get("/readyz")
+    assert (response.status_code, response.json()["reason"]) == (503, "the engine is not running")
+
+
+@pytest.mark.parametrize("accept", [None, OPENMETRICS, "application/json"])
+def test_metrics_are_text_0_0_4_whatever_the_client_would_rather_have(server, accept):
+    response = server.http.get("/metrics", headers={"accept": accept} if accept else {})
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "# EOF" not in response.text
+    found = families(response)
+    assert all(name.startswith("onebase_") for name in found)
+    assert all(family.documentation for family in found.values())
+    assert {"onebase_num_requests_running", "onebase_num_requests_waiting", "onebase_kv_cache_usage_perc"} <= set(found)
+
+
+def test_metrics_count_what_happens(server):
+    def value(name, **labels):
+        samples = families(server.http.get("/metrics"))[name].samples
+        return sum(one.value for one in samples if labels.items() <= one.labels.items())
+
+    before = value("onebase_generation_tokens"), value("onebase_requests", outcome="finished")
+    server.generate(adapter="a", max_tokens=5, ignore_eos=True)
+    until(lambda: value("onebase_generation_tokens") == before[0] + 5)
+    assert value("onebase_requests", outcome="finished") == before[1] + 1
+    assert value("onebase_adapters_registered") == 1
+    assert value("onebase_adapter_slots_used") == 1
+    assert value("onebase_adapter_bytes", tier="ram") > 0
+    until(lambda: value("onebase_num_requests_running") == 0)
