@@ -78,8 +78,8 @@ class AdapterLoader:
             starving |= full and monotonic() - request.arrived > PATIENCE
         if starving:
             self.bank.drain_one()
-        else:
-            self.bank.reopen()
+        elif self.bank.reopen():
+            self.serve()  # those who were turned away from the slot can have it now
 
     def arrived(self, message: Loaded) -> list[Request]:
         """A load has ended; returns the requests that must fail with it."""

@@ -91,6 +91,7 @@ def _penalise(logits: torch.Tensor, rows: Seq[Row]) -> None:
 def _draw(logits: torch.Tensor, rows: Seq[Row]) -> list[int]:
     """Temperature, then top_k, top_p and min_p (the order of transformers), then one draw a row."""
     temperature = torch.tensor([row.sampling.temperature for row in rows], device=logits.device)
+    temperature.clamp_(min=torch.finfo(torch.float32).tiny)
     # The difference to the best is what counts, and keeps a tiny temperature from overflowing.
     scaled = (logits - logits.amax(-1, keepdim=True)) / temperature[:, None]
     numbers = uniform(
@@ -100,7 +101,7 @@ def _draw(logits: torch.Tensor, rows: Seq[Row]) -> list[int]:
     )
     u = torch.from_numpy(numbers).to(logits.device)
     narrow = [i for i, row in enumerate(rows) if row.sampling.top_k > 0 or row.sampling.top_p < 1]
-    wide = [i for i in range(len(rows)) if i not in set(narrow)]
+    wide = sorted(set(range(len(rows))) - set(narrow))
     tokens = [0] * len(rows)
     for part, order in ((narrow, True), (wide, False)):
         if part:
@@ -115,22 +116,26 @@ def _draw_plain(scaled: torch.Tensor, u: torch.Tensor, settings: Seq[Sampling]) 
 
 
 def _draw_sorted(scaled: torch.Tensor, u: torch.Tensor, settings: Seq[Sampling]) -> torch.Tensor:
-    """Rows with top_k or top_p: from the likeliest down, through part of the vocabulary where it is enough."""
+    """Rows with top_k or top_p: the least value that stays is found from the likeliest down, through part of the
+    vocabulary where it is enough; then all below it is hidden. Equal values stay or go together, as in
+    transformers' top_k: how a sort orders them depends on what else is in the batch, and a choice must not."""
     vocabulary = scaled.shape[1]
     top_k = torch.tensor([min(s.top_k or vocabulary, vocabulary) for s in settings], device=scaled.device)
     top_p = torch.tensor([s.top_p for s in settings], device=scaled.device, dtype=torch.float64)
     size = min(vocabulary, max(min(s.top_k or _FIRST_LOOK, vocabulary) for s in settings))
-    values, order = scaled.topk(size, dim=-1)
+    values = scaled.topk(size, dim=-1).values
     total = scaled.exp().sum(-1, dtype=torch.float64)
     if size < vocabulary and bool(((top_k > size) & (values.exp().sum(-1, dtype=torch.float64) < top_p * total)).any()):
-        values, order = scaled.sort(dim=-1, descending=True)
+        values = scaled.sort(dim=-1, descending=True).values
     weights = values.exp().to(torch.float64)
     ranks = torch.arange(values.shape[1], device=scaled.device)
     weights = weights.masked_fill(ranks[None] >= top_k[:, None], 0)
     total = torch.where(top_k < vocabulary, weights.sum(-1), total)
     before = weights.cumsum(-1) - weights  # a token stays while what lies before it has not reached top_p
-    weights = weights.masked_fill((before >= top_p[:, None] * total[:, None]) & (ranks[None] > 0), 0)
-    return order.gather(1, _invert(_min_p(weights, settings), u)[:, None])[:, 0]
+    stays = (before < top_p[:, None] * total[:, None]) & (weights > 0)
+    last = stays.sum(-1).clamp_(min=1) - 1
+    least = values.gather(1, last[:, None])
+    return _invert(_min_p(scaled.exp().masked_fill_(scaled < least, 0), settings), u)
 
 
 def _min_p(weights: torch.Tensor, settings: Seq[Sampling]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 _REPLACEMENT = "\ufffd"
 _PATIENCE = 8  # tokens an unfinished character may take; a UTF-8 character has at most four bytes
@@ -16,7 +17,7 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...]):
-        self._tokenizer, self._stop = tokenizer, stop
+        self._tokenizer, self._stop, self._special = tokenizer, stop, _special(tokenizer)
         self._ids: list[int] = []
         self._context = 0  # decoding starts here, so that joins come out right
         self._read = 0  # tokens before this are in the text
@@ -25,6 +26,8 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Adds a token and returns the text that is now certain. Sets `stopped` when a stop string is complete."""
+        if token in self._special:
+            return ""  # it is skipped, and so stands between no two bytes of a character
         self._ids.append(token)
         return self._filter(self._advance(final=False))
 
@@ -37,12 +40,17 @@ class TextStream:
         return text + rest
 
     def _advance(self, final: bool) -> str:
-        before = self._decode(self._ids[self._context : self._read])
+        end = len(self._ids)
         now = self._decode(self._ids[self._context :])
-        unfinished = now.endswith(_REPLACEMENT) and len(self._ids) - self._read < _PATIENCE
-        if len(now) <= len(before) or (unfinished and not final):
+        if now.endswith(_REPLACEMENT) and not final:
+            if end - self._read < _PATIENCE:
+                return ""
+            end -= 3  # rubbish: what more than three tokens ago began is no character any more
+            now = self._decode(self._ids[self._context : end])
+        before = self._decode(self._ids[self._context : self._read])
+        if len(now) <= len(before):
             return ""
-        self._context, self._read = self._read, len(self._ids)
+        self._context, self._read = self._read, end
         return now[len(before) :]
 
     def _decode(self, ids: list[int]) -> str:
@@ -65,3 +73,15 @@ class TextStream:
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that is a proper beginning of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+_specials: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
+
+
+def _special(tokenizer: Any) -> frozenset[int]:
+    """The tokens that decoding skips; asking a tokenizer is slow, so it is asked once."""
+    if tokenizer not in _specials:
+        _specials[tokenizer] = frozenset(
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        )
+    return _specials[tokenizer]

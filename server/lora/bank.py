@@ -95,7 +95,9 @@ class Bank:
         if ready and not any(slot.draining for slot in self._slots.values()):
             min(ready, key=lambda slot: (slot.references, slot.used)).draining = True
 
-    def reopen(self) -> None:
-        """Nobody starves any more: a slot that was being drained takes requests again."""
-        for slot in self._slots.values():
+    def reopen(self) -> bool:
+        """Nobody starves any more: a slot that was being drained takes requests again. Whether there was one."""
+        draining = [slot for slot in self._slots.values() if slot.draining]
+        for slot in draining:
             slot.draining = False
+        return bool(draining)
