@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from server.engine.engine import Engine
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.errors import OnebaseError
+from server.lora import cores
 from server.lora.bank import Bank
 from server.model.loader import Base, load_base
 from server.registry.cache import AdapterCache
@@ -43,6 +45,7 @@ _CPU_KV_TOKENS = 32_768
 
 def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
     """The ASGI app. Loads the base unless one is given; raises BaseUnavailable when it cannot be had."""
+    cores.take(1)  # before the first operation
     base = base or load_base(
         settings.base,
         settings.data_dir,
@@ -54,11 +57,15 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # What was loaded lives as long as the process; a full collection would walk it all and hold every stream up.
+        gc.collect()
+        gc.freeze()
         state.client.attach(engine)
         try:
             yield
         finally:
             await state.client.close()
+            gc.unfreeze()
 
     app = FastAPI(
         title="onebase",

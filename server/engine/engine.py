@@ -13,8 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
-import torch
-
 from server.engine.blocks import chain_seed
 from server.engine.loading import AdapterLoader
 from server.engine.messages import Cancel, Delta, Done, Event, Loaded, Residency, Stats, Submit
@@ -24,6 +22,7 @@ from server.engine.scheduler import Scheduler, Work
 from server.engine.sequence import Request, Sequence
 from server.engine.text import TextStream
 from server.errors import EngineFailure, OnebaseError, Overloaded
+from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.stack import AdapterStack
 from server.lora.weights import AdapterWeights
@@ -63,12 +62,9 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread. From then on all other threads compute on one core each: two pools on the same cores
-        would wait for each other's time slices at every operation.
-        """
+        """Starts the thread, which takes the cores (lora/cores.py says what that asks of all others)."""
         self._thread.start()
         self._started.wait()
-        torch.set_num_threads(1)
 
     def submit(self, submit: Submit) -> None:
         """From any thread. Ends in exactly one Done."""
@@ -89,8 +85,7 @@ class Engine:
         return self._thread.is_alive()
 
     def _run(self) -> None:
-        torch.set_num_threads(self._threads)
-        torch.get_num_threads()  # binds the number to this thread; else it would be asked for at the first operation
+        cores.take(self._threads)
         self._started.set()
         try:
             self._loop()

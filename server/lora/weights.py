@@ -17,6 +17,7 @@ import torch
 
 from server.core import BaseInfo
 from server.errors import InvalidAdapter
+from server.lora.cores import one_core
 from server.lora.header import TensorEntry, read_header
 from server.lora.spec import ModuleSpec, check_base, parse_config, resolve
 
@@ -68,6 +69,7 @@ class AdapterSummary:
     kind: str = "lora"
 
 
+@one_core()
 def inspect_adapter(
     config: bytes,
     weights_path: Path,
@@ -103,6 +105,7 @@ def inspect_adapter(
     )
 
 
+@one_core()
 def read_adapter(digest: str, config: bytes, weights_path: Path, base: BaseInfo, dtype: torch.dtype) -> AdapterWeights:
     """The tensors of a stored adapter, on the CPU in `dtype`. Raises `InvalidAdapter` if it does not fit the base."""
     modules = resolve(parse_config(config), base)
