@@ -38,6 +38,7 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m loadtest.compare
+	$(BIN)/python -m docs.generate # the README's table is made of the results
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

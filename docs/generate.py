@@ -1,4 +1,4 @@
-"""Writes the tables of docs/operations.md and docs/api.md that follow from the code: `python -m docs.generate`.
+"""Writes the tables that follow from the code or from measurements: `python -m docs.generate`.
 
 A table stands between `<!-- generated:NAME -->` and `<!-- generated:end -->`. tests/unit/test_docs.py compares.
 """
@@ -6,6 +6,7 @@ A table stands between `<!-- generated:NAME -->` and `<!-- generated:end -->`. t
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from server.api.schemas import GenerateRequest, Message, Rollback, Source
 from server.settings import GIB, MIB, Settings
 
 DOCS = Path(__file__).parent
-PAGES = ("operations.md", "api.md")
+RESULTS = DOCS.parent / "loadtest" / "results"
+PAGES = (DOCS / "operations.md", DOCS / "api.md", DOCS.parent / "README.md")
 _TABLE = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- generated:end -->)", re.DOTALL)
 
 # What a field of a request means; its type, default and bounds come from the schema.
@@ -84,11 +86,41 @@ def errors_table() -> str:
     return _markdown(("status", "type", "code", "when"), rows)
 
 
+def measured_table() -> str:
+    """What the committed results of `make bench` and of `loadtest.thousand` say."""
+    compared = [json.loads((RESULTS / f"compare-{dtype}.json").read_text()) for dtype in ("float32", "bfloat16")]
+    rates = [one["tokens_per_s"] for one in compared]
+    rows = [
+        ("PEFT, mixed batch of 16 adapters (static, no server)", *(f"{rate['peft']:.0f}" for rate in rates)),
+        (
+            "onebase over HTTP, 16 adapters",
+            *(f"**{one['tokens_per_s']['onebase']:.0f}** ({one['ratio_to_peft']:.1f}x)" for one in compared),
+        ),
+        ("onebase over HTTP, the base alone", *(f"{rate['onebase base']:.0f}" for rate in rates)),
+    ]
+    head = ("16 requests at once, 128 tokens in, 128 out: tokens/s, prefill included", "float32", "bfloat16")
+    made = "; ".join(f"`{one['command']}` at {one['commit']}" for one in compared)
+    return f"{_markdown(head, rows)}\n{compared[0]['machine']}. SmolLM2-135M, rank 8. {made}.\n\n{_thousand()}"
+
+
+def _thousand() -> str:
+    run = json.loads((RESULTS / "thousand.json").read_text())
+    resident, zipf, new = run["resident"], run["zipf"], run["new_adapter"]
+    return (
+        f"{run['adapters']:,} registered adapters, {run['slots']} slots, RAM for 200 of them, 16 streams with Zipf-distributed "
+        f"adapters: {zipf['errors']} errors in {zipf['requests']} requests, {zipf['tokens_per_s']:.0f} tokens/s where 16 "
+        f"resident adapters reach {resident['tokens_per_s']:.0f}. A new adapter gave its first token "
+        f"{new['put_and_first_token_s']:.2f} s after its upload began; the longest pause of the 15 streams beside it was "
+        f"{new['others_gap_max_ms']:.0f} ms, their median {new['others_gap_p50_ms']:.0f} ms. `{run['command']}`.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "request": request_table,
     "bodies": bodies_table,
     "errors": errors_table,
+    "measured": measured_table,
 }
 
 
@@ -99,8 +131,7 @@ def render(text: str) -> str:
 
 def main() -> None:
     """Rewrites the pages in place."""
-    for page in PAGES:
-        path = DOCS / page
+    for path in PAGES:
         path.write_text(render(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ import torch
 
 
 def take(cores: int) -> None:
-    """This thread computes on `cores` cores. torch tells MKL the same for the whole process: whoever calls last rules."""
+    """This thread computes on `cores` cores. MKL takes it for the whole process: whoever calls last rules there."""
     torch.set_num_threads(cores)
     torch.get_num_threads()  # binds the number to this thread; else it would be asked for at the first operation
 
