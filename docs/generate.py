@@ -107,11 +107,11 @@ def _thousand() -> str:
     run = json.loads((RESULTS / "thousand.json").read_text())
     resident, zipf, new = run["resident"], run["zipf"], run["new_adapter"]
     return (
-        f"{run['adapters']:,} registered adapters, {run['slots']} slots, RAM for 200 of them, 16 streams with Zipf-distributed "
-        f"adapters: {zipf['errors']} errors in {zipf['requests']} requests, {zipf['tokens_per_s']:.0f} tokens/s where 16 "
-        f"resident adapters reach {resident['tokens_per_s']:.0f}. A new adapter gave its first token "
-        f"{new['put_and_first_token_s']:.2f} s after its upload began; the longest pause of the 15 streams beside it was "
-        f"{new['others_gap_max_ms']:.0f} ms, their median {new['others_gap_p50_ms']:.0f} ms. `{run['command']}`.\n"
+        f"{run['adapters']:,} registered adapters, {run['slots']} slots, RAM for 200 of them, 16 streams over adapters "
+        f"drawn by Zipf's law: {zipf['errors']} errors in {zipf['requests']} requests, {zipf['tokens_per_s']:.0f} "
+        f"tokens/s where 16 resident adapters reach {resident['tokens_per_s']:.0f}. A new adapter gave its first token "
+        f"{new['put_and_first_token_s']:.2f} s after its upload began; the longest pause of the 15 streams beside it "
+        f"was {new['others_gap_max_ms']:.0f} ms, their median {new['others_gap_p50_ms']:.0f} ms. `{run['command']}`.\n"
     )
 
 
