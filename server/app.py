@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import shutil
 from collections.abc import AsyncIterator
 from importlib.metadata import version
 from pathlib import Path
 
-import psutil
 import torch
 from fastapi import FastAPI
 
+from server import machine
 from server.api import adapters, errors, generate, health, limits
 from server.api.schemas import ErrorEnvelope
 from server.api.state import State
@@ -41,6 +40,7 @@ _BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 _KV_SHARE = {"cpu": 0.25, "cuda": 0.85}
 _KV_BOUNDS = (2_048, 1_000_000)
 _CPU_KV_TOKENS = 32_768
+_USUAL_RANK = 16  # room is kept on the GPU for adapters of this rank, or of MAX_RANK if that is less
 
 
 def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
@@ -105,7 +105,7 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
         Bank(settings.adapter_slots),
         fetch=cache.get,
         emit=client.emit,
-        threads=settings.threads or os.cpu_count() or 1,
+        threads=settings.threads or machine.cores(),
     )
     longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)
     state = State(settings, base, store, registry, cache, client, longest)
@@ -119,13 +119,20 @@ def kv_tokens(settings: Settings, base: Base) -> int:
     if settings.kv_cache_tokens:
         return max(settings.kv_cache_tokens, BLOCK_SIZE)
     if base.device.type == "cuda":
-        free = torch.cuda.mem_get_info(base.device)[0]
+        free = torch.cuda.mem_get_info(base.device)[0] - adapter_room(settings, base)
         most = _KV_BOUNDS[1]
     else:
-        free = psutil.virtual_memory().available
+        free = machine.free_memory()
         most = _CPU_KV_TOKENS
     tokens = int(free * _KV_SHARE[base.device.type]) // base.kv_bytes_per_token
     return max(_KV_BOUNDS[0], min(most, tokens))
+
+
+def adapter_room(settings: Settings, base: Base) -> int:
+    """Bytes that the adapters on the device may come to take: every slot full, and each adapter stacked as well."""
+    rank = min(settings.max_rank, _USUAL_RANK)
+    values = sum(rank * (shape.in_features + shape.out_features) for shape in base.info.linears.values())
+    return 2 * settings.adapter_slots * values * base.dtype.itemsize
 
 
 def preload(state: State, folder: Path) -> list[str]:
@@ -138,11 +145,10 @@ def preload(state: State, folder: Path) -> list[str]:
         log.warning("there is no directory %s to load adapters from", folder)
     for config in sorted(folder.glob("*/adapter_config.json")):
         name = config.parent.name
-        with contextlib.suppress(OnebaseError):
-            state.registry.get(name)
-            continue
         with state.store.stage() as staging:
             try:
+                if state.registry.taken(name):
+                    continue
                 shutil.copyfile(config, staging.config_path)
                 shutil.copyfile(config.parent / "adapter_model.safetensors", staging.weights_path)
                 state.registry.put(name, staging)

