@@ -6,12 +6,15 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Annotated
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Annotated, Any
 
+import anyio
 from fastapi import APIRouter, Depends, Request
-from fastapi.responses import JSONResponse, Response
-from fastapi.sse import EventSourceResponse, format_sse_event
+from fastapi.responses import Response, StreamingResponse
+from fastapi.sse import format_sse_event
+from starlette.types import Message, Receive, Scope, Send
 
 from server.api import prompts
 from server.api.render import Answer
@@ -36,34 +39,70 @@ async def generate(body: GenerateRequest, request: Request, state: OneState) -> 
     """Answers with the whole text, or with Server-Sent Events when `stream` is true."""
     stream, answer = await _open(body, state)
     watcher = asyncio.create_task(_cancel_when_gone(request, state, stream))
-    if not body.stream:
-        try:
-            async for event in stream:
-                answer.add(event)
-        finally:
-            _close(state, stream, watcher)
-        answer.raise_fault()
-        return JSONResponse(answer.whole())
-    events = aiter(stream)
+
+    def end() -> None:
+        watcher.cancel()
+        state.client.leave(stream)
+
     try:
-        first = await anext(events)
-        if isinstance(first, Done) and first.error is not None:
-            raise first.error  # nothing has been sent yet: the fault can still have its own status
+        if body.stream:
+            events = aiter(stream)
+            first = await anext(events)
+            if isinstance(first, Done) and first.error is not None:
+                raise first.error  # nothing has been sent yet: the fault can still have its own status
+            chunks = _chunks(first, events, answer, stream.submit.n)
+            return _Answered(chunks, end, media_type="text/event-stream", headers=_UNBUFFERED)
+        async for event in stream:
+            answer.add(event)
+        answer.raise_fault()
+        content = await asyncio.to_thread(_whole, answer) if answer.large else _whole(answer)
+        return _Answered(
+            _once(content), end, media_type="application/json", headers={"Content-Length": str(len(content))}
+        )
     except BaseException:
-        _close(state, stream, watcher)
+        end()
         raise
-    return EventSourceResponse(_chunks(first, events, answer, state, stream, watcher), headers=_UNBUFFERED)
+
+
+class _Answered(StreamingResponse):
+    """Calls `end` when the client has taken all but what the connection buffers, or when no more will be sent. A
+    `finally` in `content` would not do: it does not run if nothing is ever sent, and runs late if the client goes while
+    it does not read.
+    """
+
+    def __init__(self, content: AsyncIterator[bytes], end: Callable[[], None], **more: Any):
+        super().__init__(content, **more)
+        self._end = end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def telling(message: Message) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                self._end()  # before the client's next request can come: it must find the share free
+
+        try:
+            await super().__call__(scope, receive, telling)
+        finally:
+            self._end()
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+def _whole(answer: Answer) -> bytes:
+    return answer.dump(answer.whole()).encode()
 
 
 async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
     """Resolves the adapter, reads the prompt and queues the request. The lease ends with the request, once."""
     lease = state.registry.acquire(body.adapter) if body.adapter is not None else None
     try:
-        arguments = (body, state.base, state.max_context)
+        read = partial(prompts.encode, body, state.base, state.max_context)
         if prompts.size(body) > prompts.LONG:
-            prompt = await asyncio.to_thread(prompts.encode, *arguments)
+            prompt = await anyio.to_thread.run_sync(read, limiter=state.reads)
         else:
-            prompt = prompts.encode(*arguments)
+            prompt = read()
         most = (len(prompt) + body.max_tokens) * body.n
         if most > state.client.max_tokens:  # waiting would not help
             raise InvalidRequest(
@@ -94,7 +133,7 @@ async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
         raise
     if lease is not None:
         activity = state.began(lease.ref.name)
-    return stream, Answer(submit, state.base, int(time.time()))
+    return stream, Answer(submit, state.base, state.names, int(time.time()))
 
 
 def _sampling(body: GenerateRequest) -> Sampling:
@@ -120,25 +159,14 @@ async def _cancel_when_gone(request: Request, state: State, stream: Stream) -> N
     state.client.cancel(stream.submit.id)
 
 
-def _close(state: State, stream: Stream, watcher: asyncio.Task[None]) -> None:
-    watcher.cancel()
-    state.client.cancel(stream.submit.id)  # of no effect once the request has ended
-
-
 async def _chunks(
-    first: Delta | Done,
-    events: AsyncIterator[Delta | Done],
-    answer: Answer,
-    state: State,
-    stream: Stream,
-    watcher: asyncio.Task[None],
+    first: Delta | Done, events: AsyncIterator[Delta | Done], answer: Answer, left: int
 ) -> AsyncIterator[bytes]:
-    """Chunks, the last one with usage, then `[DONE]`; or, after a fault, `event: error` as the last. The stream never
-    just stops.
+    """Chunks of `left` answers, the last one with usage, then `[DONE]`; or, after a fault, `event: error` as the last.
+    The stream never just stops.
     """
     try:
         last: Delta | None = None
-        left = stream.submit.n
         async for event in _chain(first, events):
             if isinstance(event, Done):
                 answer.add(event)
@@ -157,8 +185,6 @@ async def _chunks(
         log.exception("a stream could not be continued")
         told = EngineFailure("the stream could not be continued")
         yield format_sse_event(event="error", data_str=answer.dump(told.envelope()))
-    finally:
-        _close(state, stream, watcher)
 
 
 async def _chain(first: Delta | Done, rest: AsyncIterator[Delta | Done]) -> AsyncIterator[Delta | Done]:

@@ -26,6 +26,12 @@ def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ..
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give exactly one of 'prompt' and 'messages'", param="prompt")
     param = "messages" if body.messages is not None else "prompt"
+    if not isinstance(body.prompt, list) and size(body) > max_context * base.longest_token:
+        raise InvalidRequest(  # tokenising it would cost gigabytes and end in the same answer
+            f"{size(body)} characters are more than a context of {max_context} tokens can hold",
+            param=param,
+            code="context_length_exceeded",
+        )
     if isinstance(body.prompt, list):
         bad = next((i for i in body.prompt if not 0 <= i < base.vocab_size), None)
         if bad is not None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from typing import Any
 
 from server.engine.messages import Delta, Done, Residency, Submit, TokenLogprob
 from server.model.loader import Base
 
+LARGE = 2_000  # log-probabilities; about 10 ms of work
+
 
 class Answer:
     """One request's answer as it grows: `add` every event, then take `whole`; or take a `chunk` per event."""
 
-    def __init__(self, submit: Submit, base: Base, created: int):
-        self._submit, self._base, self._created = submit, base, created
+    def __init__(self, submit: Submit, base: Base, names: TokenNames, created: int):
+        self._submit, self._base, self._names, self._created = submit, base, names, created
         self._deltas: list[Delta] = []
         self._done: Done | None = None
 
@@ -29,8 +33,15 @@ class Answer:
         if self._done is not None and self._done.error is not None:
             raise self._done.error
 
+    @property
+    def large(self) -> bool:
+        """Whether making the whole takes so long that it would hold up the other streams."""
+        assert self._done is not None
+        k = self._submit.sampling.logprobs
+        return k is not None and self._done.completion_tokens * (k + 1) > LARGE
+
     def whole(self) -> dict[str, Any]:
-        """The complete answer; needs the Done."""
+        """The complete answer; needs the Done. May be made on any thread."""
         assert self._done is not None
         choices = [self._choice(index, self._of(index)) for index in range(self._submit.n)]
         for choice in choices:
@@ -49,8 +60,8 @@ class Answer:
 
     @staticmethod
     def dump(body: dict[str, Any]) -> str:
-        """Compact JSON."""
-        return json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+        """Compact JSON; raises ValueError for a number that JSON has not."""
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
     def _of(self, index: int) -> list[Delta]:
         return [delta for delta in self._deltas if delta.index == index]
@@ -83,20 +94,62 @@ class Answer:
         }
 
     def _logprobs(self, items: list[TokenLogprob]) -> dict[str, Any]:
+        names = [self._names.of(item) for item in items]
         return {
-            "tokens": [self._token(item.token_id) for item in items],
+            "tokens": [name[item.token_id] for name, item in zip(names, items, strict=True)],
             "token_logprobs": [item.logprob for item in items],
-            "top_logprobs": [{self._token(i): p for i, p in item.top} for item in items],
+            "top_logprobs": [{name[i]: p for i, p in item.top} for name, item in zip(names, items, strict=True)],
         }
 
-    def _token(self, token_id: int) -> str:
-        """The token as text; one that is not whole characters is named by its bytes, so that no two look alike."""
-        text: str = self._base.tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+
+class TokenNames:
+    """How log-probabilities write the tokens of one tokenizer. It is asked about each token once, for it is slow."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self._names: dict[int, str] = {number: token.content for number, token in added if token.special}
+        # Such a tokenizer (SentencePiece's) may drop the first space of what it decodes, so that ` the` alone comes out
+        # as `the`; but its pieces are text as they are.
+        self._spaces_in_pieces = tokenizer.convert_tokens_to_string(["a", f"{_SPACE}a"]) == "a a"
+
+    def of(self, item: TokenLogprob) -> dict[int, str]:
+        """The names of a position's tokens, the chosen one and the likeliest; no two are alike."""
+        names = {number: self._name(number) for number in (item.token_id, *(number for number, _ in item.top))}
+        while shared := _shared(names):
+            names = {number: f"{name}#{number}" if name in shared else name for number, name in names.items()}
+        return names
+
+    def _name(self, number: int) -> str:
+        name = self._names.get(number)
+        if name is None:
+            name = self._names[number] = self._make(number)
+        return name
+
+    def _make(self, number: int) -> str:
+        piece: str | None = self._tokenizer.convert_ids_to_tokens(number)
+        if piece is None:
+            return f"#{number}"  # the model has room for more tokens than the tokenizer knows
+        if self._spaces_in_pieces:
+            byte = _BYTE_PIECE.fullmatch(piece)
+            return _bytes_name(bytes.fromhex(byte[1])) if byte else piece.replace(_SPACE, " ")
+        text: str = self._tokenizer.decode([number], clean_up_tokenization_spaces=False)
         if "\ufffd" not in text:
             return text
-        piece = self._base.tokenizer.convert_ids_to_tokens(token_id)
-        raw = bytes(_BYTES[char] for char in piece) if all(char in _BYTES for char in piece) else piece.encode()
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+        in_bytes = all(char in _BYTES for char in piece)
+        return _bytes_name(bytes(_BYTES[char] for char in piece) if in_bytes else piece.encode())
+
+
+def _shared(names: dict[int, str]) -> set[str]:
+    """The names that more than one token has."""
+    if len(set(names.values())) == len(names):  # nearly always
+        return set()
+    return {name for name, count in Counter(names.values()).items() if count > 1}
+
+
+def _bytes_name(raw: bytes) -> str:
+    """The name of a token that is not whole characters."""
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def usage(done: Done) -> dict[str, int]:
@@ -118,3 +171,5 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_SPACE = "▁"  # SentencePiece's stand-in for a space
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import anyio
 from fastapi import Request
 
+from server.api.render import TokenNames
 from server.engine.client import EngineClient
 from server.model.loader import Base
 from server.registry.cache import AdapterCache
@@ -16,8 +18,10 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
 
+READS_AT_ONCE = 1  # a long prompt takes hundreds of megabytes while it is read
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
 FETCHES_AT_ONCE = 8  # fetching one is mostly waiting
+RECEIVED_AT_ONCE = 16  # each may fill the temporary directory with the largest upload
 
 
 @dataclass
@@ -31,8 +35,8 @@ class Activity:
 
 @dataclass
 class State:
-    """Everything an endpoint may reach. `salt` separates this tenant's prompts in the prefix cache; `checks` and
-    `fetches` bound how many uploads are worked on at once.
+    """Everything an endpoint may reach. `salt` separates this tenant's prompts in the prefix cache; `reads` bounds how
+    many long prompts, `receiving`, `fetches` and `checks` how many uploads are worked on at once.
     """
 
     settings: Settings
@@ -45,7 +49,14 @@ class State:
     salt: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     activity: dict[str, Activity] = field(default_factory=dict)
     checks: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(CHECKS_AT_ONCE))
+    reads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(READS_AT_ONCE))
+    receiving: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(RECEIVED_AT_ONCE))
     fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(FETCHES_AT_ONCE))
+
+    @cached_property
+    def names(self) -> TokenNames:
+        """The names of the base's tokens, which all answers share."""
+        return TokenNames(self.base.tokenizer)
 
     def began(self, name: str) -> Activity:
         """A request for the adapter `name` was taken. When it ends, `in_flight` of what is returned goes down."""

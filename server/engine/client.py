@@ -14,7 +14,7 @@ from server.errors import EngineFailure, Overloaded
 
 log = logging.getLogger("onebase.engine")
 
-STALL_SECONDS = 60  # far longer than any step
+STALL_SECONDS = 120  # far longer than any step
 
 
 class Stream:
@@ -22,6 +22,7 @@ class Stream:
 
     def __init__(self, submit: Submit, on_done: Callable[[Done], None]):
         self.submit, self.on_done = submit, on_done
+        self.left = False  # whether its reader has gone
         self._events: asyncio.Queue[Event] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Delta | Done]:
@@ -37,14 +38,14 @@ class Stream:
 
 
 class EngineClient:
-    """Used from one event loop. `max_requests` and `max_tokens` bound what is open at once."""
+    """Used from one event loop. `max_requests` and `max_tokens` bound what is open, or ended and not yet read."""
 
     def __init__(self, *, max_requests: int, max_tokens: int):
         self.max_requests, self.max_tokens = max_requests, max_tokens
         self.open_tokens = 0
         self.draining = False
-        self._busy_since = 0.0
         self._streams: dict[str, Stream] = {}
+        self._counted: set[str] = set()  # requests that have a share of the bounds
         self._idle = asyncio.Event()
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -66,9 +67,15 @@ class EngineClient:
         return self._engine is not None and self._engine.alive and not self.draining and not self.stalled
 
     @property
+    def failed(self) -> bool:
+        """Whether the engine has ended by itself."""
+        return self._engine is not None and not self._engine.alive and not self.draining
+
+    @property
     def stalled(self) -> bool:
-        """Whether requests are open and no step has ended for a long time."""
-        return bool(self._streams) and monotonic() - max(self.stats.last_step_at, self._busy_since) > STALL_SECONDS
+        """Whether a step has been under way for a long time."""
+        began = self.stats.step_began
+        return began is not None and monotonic() - began > STALL_SECONDS
 
     @property
     def stats(self) -> Stats:
@@ -83,20 +90,20 @@ class EngineClient:
 
     def submit(self, submit: Submit, on_done: Callable[[Done], None]) -> Stream:
         """Hands a request to the engine. `on_done` is called once, whether or not anybody still reads the stream.
+        Whoever reads the stream says so with `leave` when that ends, however it ends.
 
         Raises Overloaded when the queue is full or the server is draining; then `on_done` is not called.
         """
         worst = self._worst(submit)
         if not self.ready:
             raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
-        if len(self._streams) >= self.max_requests:
+        if len(self._counted) >= self.max_requests:
             raise Overloaded(f"the queue is full ({self.max_requests} requests)", code="queue_full", retry_after=1)
         if self.open_tokens + worst > self.max_tokens:
             raise Overloaded(f"the queue is full ({self.max_tokens} tokens)", code="queue_full", retry_after=1)
         stream = Stream(submit, on_done)
-        if not self._streams:
-            self._busy_since = monotonic()
         self._streams[submit.id] = stream
+        self._counted.add(submit.id)
         self.open_tokens += worst
         self._idle.clear()
         assert self._engine is not None
@@ -111,6 +118,12 @@ class EngineClient:
         """The client has gone. The request still ends with a Done."""
         if self._engine is not None and request_id in self._streams:
             self._engine.cancel(request_id)
+
+    def leave(self, stream: Stream) -> None:
+        """The reader has gone, and if the request is still open, so has its client. Of no effect the second time."""
+        stream.left = True
+        self.cancel(stream.submit.id)
+        self._give_back(stream)
 
     async def drain(self, seconds: float) -> bool:
         """Takes no more requests and waits for the open ones; False when some were still open after `seconds`."""
@@ -135,7 +148,7 @@ class EngineClient:
                 continue
             if isinstance(event, Done):
                 del self._streams[event.id]
-                self.open_tokens -= self._worst(stream.submit)
+                self._give_back(stream)
                 if not self._streams:
                     self._idle.set()
             stream.put(event)
@@ -144,6 +157,15 @@ class EngineClient:
                     stream.on_done(event)
                 except Exception:  # the events of others come after it
                     log.exception("ending a request failed")
+
+    def _give_back(self, stream: Stream) -> None:
+        """Ends a request's share of the bounds once it has its Done and its reader has gone: until then its events take
+        memory, which a client that never reads could otherwise fill.
+        """
+        submit = stream.submit
+        if stream.left and submit.id not in self._streams and submit.id in self._counted:
+            self._counted.remove(submit.id)
+            self.open_tokens -= self._worst(submit)
 
     @staticmethod
     def _worst(submit: Submit) -> int:

@@ -1,9 +1,13 @@
 """`POST /v1/generate`, answered whole: every field, the answer's shape, and every way to be refused."""
 
 import itertools
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from server.api.render import Answer, TokenNames
 from tests.serving import ids_of, refused
 
 pytestmark = pytest.mark.usefixtures("idle")
@@ -139,6 +143,30 @@ def test_logprobs_have_one_entry_a_token(server, k):
         assert len(top) == k
         if k:  # greedy: the chosen token is the likeliest
             assert max(top.values()) == top[token] == value
+
+
+def test_a_large_answer_is_made_beside_the_event_loop(server, monkeypatch):
+    threads, real = [], Answer.whole
+
+    def whole(answer):
+        threads.append(threading.get_ident())
+        return real(answer)
+
+    monkeypatch.setattr(Answer, "whole", whole)
+    small, large = (server.generate(logprobs=20, max_tokens=tokens, ignore_eos=True) for tokens in (4, 150))
+    assert threads[0] == server._thread.ident != threads[1]
+    assert small["choices"][0]["logprobs"]["tokens"] == large["choices"][0]["logprobs"]["tokens"][:4]
+    assert len(large["choices"][0]["logprobs"]["top_logprobs"]) == 150
+
+
+def test_requests_share_the_names_of_tokens(server, monkeypatch):
+    first, made, real = server.generate(logprobs=20, ignore_eos=True), [], TokenNames._make
+    monkeypatch.setattr(TokenNames, "_make", lambda self, number: made.append(number) or real(self, number))
+    assert server.generate(logprobs=20, ignore_eos=True)["choices"] == first["choices"]
+    assert made == []
+    server.state.names._names.clear()
+    assert server.generate(logprobs=20, ignore_eos=True)["choices"] == first["choices"]
+    assert len(made) == len(set(made)) >= 20
 
 
 @pytest.mark.parametrize(
@@ -372,3 +400,34 @@ def test_an_adapter_in_use_is_counted(server, adapters):
     after = server.http.get("/adapters/counted").json()
     assert (after["requests"], after["residency"]) == (1, "device")
     assert after["last_used"] > 0
+
+
+def test_a_text_that_no_context_can_hold_is_refused_unread(server, monkeypatch):
+    """Two million characters took a gigabyte to tokenise, to be refused in the end."""
+    most = server.state.max_context * server.state.base.longest_token
+
+    def read(*arguments, **more):
+        raise AssertionError("it was tokenised")
+
+    monkeypatch.setattr("server.api.prompts._ids", read)
+    for body in ({"prompt": "x" * (most + 1)}, {"messages": [{"role": "user", "content": "x" * (most + 1)}]}):
+        response = server.http.post("/v1/generate", json=body)
+        assert refused(response, 422, next(iter(body)))["code"] == "context_length_exceeded"
+
+
+def test_long_texts_are_read_one_at_a_time(server, monkeypatch):
+    text, most, inside = "x " * 50, [], []
+
+    def read(*arguments, **more):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.05)
+        inside.pop()
+        return [5] * 4
+
+    monkeypatch.setattr("server.api.prompts._ids", read)
+    monkeypatch.setattr("server.api.prompts.LONG", 10)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: server.generate(prompt=text, max_tokens=2), range(4)))
+    assert len(answers) == 4
+    assert most == [1, 1, 1, 1]
