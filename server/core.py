@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 DEFAULT_TENANT = "default"
+MAX_CONFIG_BYTES = 64 * 1024  # of an adapter_config.json
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,12 @@ class BaseInfo:
     model_class: str
     linears: Mapping[str, LinearShape]
     other_modules: frozenset[str] = frozenset()
-    names_verifiable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable version of an adapter: what `PUT /adapters/<name>` answers."""
+    """One immutable version of an adapter: what `PUT /adapters/<name>` answers, and the digest of the base that it was
+    checked against."""
 
     name: str
     version: int
@@ -49,6 +50,7 @@ class AdapterVersion:
     bytes: int
     kind: str
     base: str
+    base_digest: str
     created: float
 
 

@@ -15,12 +15,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from server.core import DEFAULT_TENANT, AdapterRef, AdapterVersion, BaseInfo
+from server.core import DEFAULT_TENANT, MAX_CONFIG_BYTES, AdapterRef, AdapterVersion, BaseInfo
 from server.errors import (
     AdapterNotFound,
     AdapterUnavailable,
@@ -29,9 +30,9 @@ from server.errors import (
     InvalidRequest,
     StorageFailure,
 )
-from server.lora.spec import MAX_CONFIG_BYTES
 from server.lora.weights import AdapterWeights, inspect_adapter, read_adapter
 from server.registry.etags import check_preconditions
+from server.registry.records import Record, Versions, parse_record
 from server.registry.store import Staging, Store, storage_errors
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,6 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STRIPES = 64
 Key = tuple[str, str]  # (tenant, name)
-Versions = list[AdapterVersion]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,22 +49,6 @@ class PutResult:
     version: AdapterVersion
     created: bool
     changed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """All about one name. `versions` are oldest first; `next` is the number that the next version gets."""
-
-    current: int
-    next: int
-    versions: tuple[AdapterVersion, ...]
-
-    def version(self, number: int) -> AdapterVersion | None:
-        return next((version for version in self.versions if version.version == number), None)
-
-    @property
-    def now(self) -> AdapterVersion:
-        return next(version for version in self.versions if version.version == self.current)
 
 
 class Lease:
@@ -78,11 +62,12 @@ class Lease:
     def release(self) -> None:
         """Give the hold back. Any number of calls from any threads give back exactly one."""
         if self._once.acquire(blocking=False):
-            self._registry._unhold(self.ref.digest, self._registry._leases)
+            self._registry._unlease(self.ref.digest)
 
 
 class Registry:
-    """The adapters of every tenant. Safe to call from several threads; `acquire` and `get` never wait for a disk."""
+    """The adapters of every tenant. Safe to call from several threads. `acquire`, `get` and a lease's release wait for
+    no more than a rename; the event loop may call them."""
 
     def __init__(
         self,
@@ -98,10 +83,12 @@ class Registry:
         self._max_versions, self._max_adapters = max(1, max_versions), max_adapters
         self._lock = threading.Lock()  # guards the dictionaries below; never held over more than a rename
         self._writers = [threading.Lock() for _ in range(_STRIPES)]  # one writer a name
-        self._records: dict[Key, _Record] = {}
+        self._records: dict[Key, Record] = {}
+        self._damaged: set[Key] = set()  # records on disk that could not be read at the start
         self._named: Counter[str] = Counter()  # digest -> versions that name it
         self._leases: Counter[str] = Counter()  # digest -> live leases
         self._uploads: Counter[str] = Counter()  # digest -> uploads about to name it
+        self._sweeper = ThreadPoolExecutor(1, "onebase-sweep")
         self._load_names()
 
     def put(
@@ -127,14 +114,19 @@ class Registry:
             with self._writer(key):
                 before = self._records.get(key)
                 check_preconditions(_digest(before), if_match, if_none_match)
-                if before is not None and before.now.digest == draft.digest:
+                if before is not None and self._same(before.now, draft):
                     return PutResult(before.now, created=False, changed=False)
                 if before is None and len(self._records) >= self._max_adapters:
                     raise Conflict(f"there are {self._max_adapters} adapters already", code="too_many_adapters")
                 version = replace(draft, version=before.next if before else 1)
                 versions = (*(before.versions if before else ()), version)
-                self._switch(key, self._pruned(_Record(version.version, version.version + 1, versions)))
+                self._switch(key, self._pruned(Record(version.version, version.version + 1, versions)))
                 return PutResult(version, created=before is None, changed=True)
+
+    def taken(self, name: str, tenant: str = DEFAULT_TENANT) -> bool:
+        """Whether the name has a record, readable or not: putting it would replace something."""
+        key = _key(tenant, name)
+        return key in self._records or key in self._damaged
 
     def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterVersion:
         """The current version. Raises `AdapterNotFound`."""
@@ -177,15 +169,24 @@ class Registry:
             self._switch(key, None)
 
     def acquire(self, name: str, tenant: str = DEFAULT_TENANT) -> Lease:
-        """A lease on the current version. Raises `AdapterNotFound`."""
+        """A lease on the current version. Raises `AdapterNotFound`, or `InvalidAdapter` (`base_mismatch`) when it was
+        checked against another base than the one that is served now: shapes may fit where weights do not.
+        """
         key = _key(tenant, name)
         with self._lock:
             now = self._record(key).now
+            if now.base_digest != self._base.digest:
+                raise InvalidAdapter(
+                    f"the adapter {name} was uploaded for another base model ({now.base}) than the one served now "
+                    f"({self._base.name}); upload it again if it fits",
+                    param="adapter",
+                    code="base_mismatch",
+                )
             self._leases[now.digest] += 1
         return Lease(self, AdapterRef(now.name, now.version, now.digest))
 
     def load(self, digest: str) -> AdapterWeights:
-        """Disk to tensors, hashed again. Raises `AdapterUnavailable`, or `InvalidAdapter` after a change of base."""
+        """Disk to tensors, hashed again. Raises `AdapterUnavailable`."""
         stored = self._store.verify(digest)
         return read_adapter(digest, stored.config, stored.weights_path, self._base, self._dtype)
 
@@ -199,7 +200,7 @@ class Registry:
         with self._lock:
             return len(self._records)
 
-    def _record(self, key: Key) -> _Record:
+    def _record(self, key: Key) -> Record:
         record = self._records.get(key)
         if record is None:
             raise AdapterNotFound(f"there is no adapter {key[1]}", param="adapter")
@@ -231,14 +232,19 @@ class Registry:
             bytes=config_size + weights_size,
             kind=summary.kind,
             base=self._base.name,
+            base_digest=self._base.digest,
             created=time.time(),
         )
 
-    def _pruned(self, record: _Record) -> _Record:
+    @staticmethod
+    def _same(current: AdapterVersion, draft: AdapterVersion) -> bool:
+        return (current.digest, current.base_digest) == (draft.digest, draft.base_digest)
+
+    def _pruned(self, record: Record) -> Record:
         """Without the oldest versions over the limit; the current one, always the newest here, stays."""
         return replace(record, versions=record.versions[-self._max_versions :])
 
-    def _switch(self, key: Key, after: _Record | None) -> None:
+    def _switch(self, key: Key, after: Record | None) -> None:
         """Disk first, then memory, then what nobody needs any more. The caller holds the name's writer lock."""
         if after is None:
             self._store.delete_name(*key)
@@ -267,6 +273,13 @@ class Registry:
             yield
         finally:
             self._unhold(digest, self._uploads)
+            self._store.sweep()
+
+    def _unlease(self, digest: str) -> None:
+        """Called on the event loop: freeing the space of a large adapter takes too long for it."""
+        self._unhold(digest, self._leases)
+        if self._store.unswept:
+            self._sweeper.submit(self._store.sweep)
 
     def _unhold(self, digest: str, holds: Counter[str]) -> None:
         with self._lock:
@@ -274,7 +287,6 @@ class Registry:
             if not holds[digest]:
                 del holds[digest]
             self._collect(digest)
-        self._store.sweep()
 
     def _collect(self, digest: str) -> None:
         """Remove the object if nothing holds it. Under the lock: no upload may find it and then lose it."""
@@ -288,37 +300,24 @@ class Registry:
             _log.warning("an unused adapter object stays until the next start: %s", exc.message)
 
     def _load_names(self) -> None:
-        damaged = False
         for key in self._store.names():
             try:
-                record = _parse_record(self._store.read_name(*key) or {})
+                record = parse_record(self._store.read_name(*key) or {})
             except (AdapterUnavailable, KeyError, TypeError, ValueError, StopIteration):
+                self._damaged.add(key)
                 _log.error("the record of adapter %s of tenant %s is damaged; it is left out", key[1], key[0])
-                damaged = True
                 continue
             self._records[key] = record
             self._named.update(version.digest for version in record.versions)
         for digest in [digest for digest in self._named if not self._store.exists(digest)]:
             _log.warning("the stored adapter %s is missing", digest)
         # A damaged record may have named any object, so none is collected until somebody has looked at it.
-        for digest in [] if damaged else self._store.digests():
+        for digest in [] if self._damaged else self._store.digests():
             self._collect(digest)
         self._store.sweep()
 
 
-def _parse_record(raw: dict[str, object]) -> _Record:
-    """A `_Record` from its JSON. Raises KeyError, TypeError, ValueError or StopIteration when it is damaged."""
-    versions = raw["versions"]
-    current, following = raw["current"], raw["next"]
-    if not isinstance(versions, list) or not isinstance(current, int) or not isinstance(following, int):
-        raise TypeError("damaged record")
-    parsed = tuple(AdapterVersion(**{**version, "targets": tuple(version["targets"])}) for version in versions)
-    record = _Record(current, following, parsed)
-    _ = record.now
-    return record
-
-
-def _digest(record: _Record | None) -> str | None:
+def _digest(record: Record | None) -> str | None:
     return record.now.digest if record else None
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
+from server.core import MAX_CONFIG_BYTES
 from server.errors import Forbidden, InvalidRequest, TooLarge
-from server.lora.spec import MAX_CONFIG_BYTES
 from server.registry.store import CONFIG_FILE, WEIGHTS_FILE, Staging, storage_errors
 
 MAX_SOURCE = 2048

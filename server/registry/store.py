@@ -162,6 +162,11 @@ class Store:
         with storage_errors("remove an adapter"):
             self._retire(digest)
 
+    @property
+    def unswept(self) -> bool:
+        """Whether `sweep` has anything to do."""
+        return bool(self._graves)
+
     def sweep(self) -> None:
         """The slow half of `remove`: free the space of what was retired. What fails is left for the next start."""
         while self._graves:

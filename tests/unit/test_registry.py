@@ -3,6 +3,7 @@
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -190,6 +191,42 @@ def test_leases_keep_bytes_until_the_last_is_given_back_once(make):
         registry.load(digest)
 
 
+def test_another_base_of_the_same_shape_gets_none_of_the_old_adapters(make, tmp_path):
+    """Shapes fit, weights do not: nobody may be answered with them until they are uploaded for this base."""
+    registry = make()
+    old = put(registry, "a", 1).version
+    other = Registry(
+        Store(tmp_path), replace(BASE, digest="sha256:other", name="other"), max_rank=16, dtype=torch.float32
+    )
+    with pytest.raises(InvalidAdapter, match=f"for another base model \\({BASE.name}\\)") as refused:
+        other.acquire("a")
+    assert (refused.value.code, other.leases()) == ("base_mismatch", {})
+    assert other.get("a") == old  # it can be seen and deleted
+    again = put(other, "a", 1)
+    assert (again.changed, again.version.version, again.version.digest) == (True, 2, old.digest)
+    assert other.acquire("a").ref.version == 2
+    other.rollback("a", 1)
+    with pytest.raises(InvalidAdapter):
+        other.acquire("a")
+    assert make().acquire("a").ref.version == 1
+
+
+def test_releasing_the_last_lease_frees_the_space_elsewhere(make, tmp_path, monkeypatch):
+    """The event loop releases leases: it must not wait for a large file to go."""
+    registry = make()
+    put(registry, "a", 1)
+    lease = registry.acquire("a")
+    registry.delete("a")
+    threads, sweep = [], registry._store.sweep
+    monkeypatch.setattr(registry._store, "sweep", lambda: (threads.append(threading.current_thread()), sweep()))
+    lease.release()
+    registry._sweeper.shutdown(wait=True)
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+    assert list((tmp_path / "staging").iterdir()) == []
+    assert registry._store.digests() == []
+
+
 def test_two_names_share_one_object(make):
     registry = make()
     digest = put(registry, "a", 1).version.digest
@@ -216,6 +253,7 @@ def test_start_collects_garbage_and_survives_damage(make, tmp_path):
     assert damaged._store.exists(kept.digest)  # the damaged record may still name it
     with pytest.raises(AdapterNotFound):
         damaged.get("a")
+    assert [damaged.taken(name) for name in "abc"] == [True, True, False]
     assert put(damaged, "a", 1).version.version == 1
 
 
