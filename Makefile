@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PORT ?= 8000
-BASE ?= smollm2-135m
+PORT ?= $(or $(ONEBASE_PORT),8000)
+BASE ?= $(or $(ONEBASE_BASE),smollm2-135m)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: setup serve demo test lint format bench clean

@@ -72,6 +72,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "machine": machine(),
         "dtype": arguments.dtype,
         "rows": arguments.rows,
+        "prompt": arguments.prompt,
+        "new": arguments.new,
         "tokens_per_s": medians,
         "ratio_to_peft": medians["onebase"] / medians["peft"],
         "adapters_over_base": medians["onebase"] / medians["onebase base"],
@@ -82,9 +84,9 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     rates = report["tokens_per_s"]
-    rows = report["rows"]
+    rows, prompt, new = report["rows"], report["prompt"], report["new"]
     return (
-        f"| {rows} requests at once, {report['dtype']}, 128 tokens in, 128 out | tokens/s, prefill included |\n"
+        f"| {rows} requests at once, {report['dtype']}, {prompt} tokens in, {new} out | tokens/s, prefill included |\n"
         "|---|---:|\n"
         f"| PEFT, mixed batch of {rows} adapters (static, no server) | {rates['peft']:.0f} |\n"
         f"| onebase over HTTP, {rows} adapters | **{rates['onebase']:.0f}** ({report['ratio_to_peft']:.1f}x PEFT) |\n"
@@ -146,8 +148,12 @@ def link_models(data: Path) -> None:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    """The commit that was measured; `-dirty` when files differ from it (results of earlier runs aside)."""
+    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!loadtest/results"]
+    dirty = subprocess.run(changed, capture_output=True, text=True, check=False).stdout
+    return (done.stdout.strip() or "unknown") + ("-dirty" if dirty else "")
 
 
 if __name__ == "__main__":

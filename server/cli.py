@@ -106,7 +106,7 @@ def show(name: str, url: Url = LOCAL, as_json: AsJson = False, versions: bool = 
     table = Table("field", "value")
     for key, value in body.items():
         table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
-    Console(markup=False).print(table)
+    _print(table)
 
 
 @adapters.command("push")
@@ -186,10 +186,19 @@ def _show(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: bool) -
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    table = Table(*columns)
+    table = Table()
+    for column in columns:  # whole names and digests, on several lines where the terminal is narrow
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(str(row.get(column, "")) for column in columns))
-    Console(markup=False).print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console.width = 200  # what reads it has no width, and a folded name would be two
+    console.print(table)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,9 @@ class EngineCollector(Collector):
         evictions.add_metric(["ram"], c.evictions)
         evictions.add_metric(["device"], s.slot_evictions)
         yield evictions
-        yield CounterMetricFamily("onebase_adapter_ram_hits", "Loads answered from RAM.", c.hits)
-        yield CounterMetricFamily("onebase_adapter_ram_misses", "Loads that went to disk.", c.misses)
-        yield CounterMetricFamily("onebase_adapter_device_loads", "Adapters brought to the device.", s.slot_loads)
+        yield CounterMetricFamily("onebase_adapter_ram_hits", "Adapters wanted on the device and found in RAM.", c.hits)
+        yield CounterMetricFamily("onebase_adapter_ram_misses", "Adapters wanted on the device, not in RAM.", c.misses)
+        yield CounterMetricFamily("onebase_adapter_device_loads", "Adapters that arrived on the device.", s.slot_loads)
         yield CounterMetricFamily(
             "onebase_num_preemptions", "Sequences computed again for want of blocks.", s.preemptions
         )

@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from types import FrameType
@@ -25,7 +26,8 @@ log = logging.getLogger("onebase.run")
 class DrainingServer(uvicorn.Server):
     """On a signal: answers 503 to new requests, lets the open ones end, then stops. A second signal ends them.
 
-    uvicorn would raise the signal again at the end; a drained server has done as it was told and exits with 0.
+    uvicorn would raise the signal again at the end; a drained server has done as it was told and exits with 0. When the
+    engine fails, open requests end with their error and the server stops too: its supervisor can start a new one.
     """
 
     def __init__(self, config: uvicorn.Config, state: State):
@@ -33,6 +35,14 @@ class DrainingServer(uvicorn.Server):
         self._state = state
         self._drain: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
+        self.engine_failed = False
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called by uvicorn ten times a second."""
+        if self._state.client.failed and not self.engine_failed:
+            log.error("the engine has failed: the server stops")
+            self.engine_failed = self.should_exit = True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the signal handler."""
@@ -56,12 +66,26 @@ class DrainingServer(uvicorn.Server):
 
 def _own(data_dir: Path) -> None:
     """Locks the data directory for as long as this process lives; raises OSError if another server has it."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(data_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # closed, and unlocked, by the exit
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(data_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # closed, and unlocked, by the exit
+    except OSError as fault:
+        raise OSError(f"cannot use the data directory {data_dir}: {fault.strerror}") from fault
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OSError(f"another onebase server uses the data directory {data_dir}") from None
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises OSError at once if the port cannot be had, rather than after the base has been loaded."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, proto) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as fault:
+        raise OSError(f"cannot listen on {host} port {port}: {fault.strerror}") from fault
 
 
 def serve(settings: Settings) -> int:
@@ -70,6 +94,7 @@ def serve(settings: Settings) -> int:
     for noisy in ("httpx", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        _check_port(settings.host, settings.port)
         _own(settings.data_dir)
         app = create_app(settings)
     except (BaseUnavailable, UnsupportedAttention, OnebaseError, OSError) as fault:
@@ -94,5 +119,8 @@ def serve(settings: Settings) -> int:
         server_header=False,
     )
     server = DrainingServer(config, state)
-    server.run()
-    return 0 if server.started else 1
+    try:
+        server.run()
+    except SystemExit:  # the port was taken in the meantime: uvicorn has said so
+        return 1
+    return 0 if server.started and not server.engine_failed else 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import shutil
+from collections.abc import AsyncIterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,17 +17,18 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 
 from server.api.limits import media_type
 from server.api.schemas import AdapterInfo, AdapterList, AdapterStatus, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
-from server.core import AdapterVersion
-from server.errors import InvalidRequest, TooLarge
+from server.core import MAX_CONFIG_BYTES, AdapterVersion
+from server.errors import InvalidRequest, Overloaded, TooLarge
 from server.registry import sources
 from server.registry.registry import PutResult
 from server.registry.store import Staging, storage_errors
 
-MAX_CONFIG_BYTES = 64 * 1024
+RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are received at once
 OneState = Annotated[State, Depends(state_of)]
 IfMatch = Annotated[str | None, Header(max_length=4096)]
 router = APIRouter(prefix="/adapters")
@@ -69,15 +73,15 @@ async def put_adapter(
     kind = media_type(request.scope)
     conditions = {"if_match": if_match, "if_none_match": if_none_match, "allow_zero": allow_zero}
     if kind == "application/json":
-        with state.store.stage() as staging:
-            await anyio.to_thread.run_sync(_fetch, await _source(request), staging, state, limiter=state.fetches)
+        source = await _source(request)
+        async with _staging(state) as staging:
+            await anyio.to_thread.run_sync(_fetch, source, staging, state, limiter=state.fetches)
             result = await _put(state, name, staging, conditions)
     elif kind == "multipart/form-data":
-        async with request.form(max_files=2, max_fields=2, max_part_size=MAX_CONFIG_BYTES) as form:
+        async with _form(request, state) as form, _staging(state) as staging:
             config, weights = _parts(form, state.settings.max_upload_bytes)
-            with state.store.stage() as staging:
-                await run_in_threadpool(_keep, config, weights, staging)
-                result = await _put(state, name, staging, conditions)
+            await run_in_threadpool(_keep, config, weights, staging)
+            result = await _put(state, name, staging, conditions)
     else:
         raise InvalidRequest("send multipart/form-data with 'config' and 'weights', or application/json with 'source'")
     return _with_etag(result.version, 201 if result.created else 200)
@@ -132,6 +136,51 @@ async def _put(state: State, name: str, staging: Staging, conditions: dict[str, 
     return await anyio.to_thread.run_sync(put, limiter=state.checks)
 
 
+@contextlib.asynccontextmanager
+async def _form(request: Request, state: State) -> AsyncIterator[FormData]:
+    """The parts of an upload, spooled to temporary files. Raises Overloaded when too many are being received."""
+    try:
+        state.receiving.acquire_on_behalf_of_nowait(request)
+    except anyio.WouldBlock:
+        raise Overloaded("too many uploads are being received", code="uploads_full", retry_after=5) from None
+    try:
+        form = await _receive(request)
+        try:
+            yield form
+        finally:
+            await form.close()
+    finally:
+        state.receiving.release_on_behalf_of(request)
+
+
+async def _receive(request: Request) -> FormData:
+    try:
+        async with asyncio.timeout(RECEIVE_SECONDS):  # outermost: its TimeoutError is an OSError
+            with storage_errors("receive the upload"):
+                return await request.form(max_files=2, max_fields=2, max_part_size=MAX_CONFIG_BYTES)
+    except TimeoutError as fault:
+        raise InvalidRequest(f"the upload took longer than {RECEIVE_SECONDS} s", code="upload_timeout") from fault
+    except UnicodeError as fault:  # the charset that the client names is unknown, or its bytes are not of it
+        raise InvalidRequest("a part is not text in the charset that the request names") from fault
+    except HTTPException as fault:
+        if "maximum size" in fault.detail:
+            raise TooLarge(f"a text part is larger than {MAX_CONFIG_BYTES} bytes", param="config") from fault
+        if "Too many" in fault.detail:
+            raise InvalidRequest("send exactly one part 'config' and one part 'weights'", param="part") from fault
+        raise
+
+
+@contextlib.asynccontextmanager
+async def _staging(state: State) -> AsyncIterator[Staging]:
+    """A directory for one upload; made and removed beside the event loop, removed also for a client that has gone."""
+    staging = await run_in_threadpool(state.store.stage)
+    try:
+        yield staging
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_in_threadpool(staging.__exit__, None, None, None)
+
+
 async def _source(request: Request) -> str:
     try:
         return Source.model_validate_json(await request.body()).source
@@ -159,7 +208,7 @@ def _parts(form: FormData, max_bytes: int) -> tuple[UploadFile | str, UploadFile
 def _keep(config: UploadFile | str, weights: UploadFile, staging: Staging) -> None:
     with storage_errors("keep the upload"):
         if isinstance(config, str):
-            staging.config_path.write_text(config, encoding="utf-8")
+            staging.config_path.write_bytes(config.encode("utf-8", "surrogatepass"))  # refused when it is read as JSON
         else:
             _copy(config, staging.config_path)
         _copy(weights, staging.weights_path)
@@ -176,7 +225,9 @@ def _copy(part: UploadFile, target: Path) -> None:
 
 
 def _plain(version: AdapterVersion) -> dict[str, Any]:
-    return asdict(version) | {"targets": list(version.targets)}
+    public = asdict(version) | {"targets": list(version.targets)}
+    del public["base_digest"]
+    return public
 
 
 def _with_etag(version: AdapterVersion, status: int) -> JSONResponse:

@@ -87,13 +87,6 @@ class BlockPool:
                 else:
                     self._idle[block] = None
 
-    def forget(self) -> None:
-        """Drops all idle content."""
-        for block in list(self._idle):
-            self._unname(block)
-            self._blank.append(block)
-        self._idle.clear()
-
     def _take(self) -> int:
         if self._blank:
             return self._blank.pop()

@@ -5,7 +5,6 @@ A step is schedule -> forward -> sample -> events. Every request that is submitt
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 import threading
@@ -59,6 +58,7 @@ class Engine:
         self._fault: OnebaseError | None = None
         self.stats = Stats(blocks=scheduler.pool.count, slots=bank.capacity)
         self._started = threading.Event()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
 
     def start(self) -> None:
@@ -81,8 +81,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the thread runs and reads what is submitted."""
+        return self._thread.is_alive() and not self._closing
 
     def _run(self) -> None:
         cores.take(self._threads)
@@ -106,10 +106,13 @@ class Engine:
             idle = not work  # then nothing changes until a message comes
 
     def _close(self) -> None:
-        """Ends what is open, and what was submitted too late."""
+        """Ends what is open, and what was submitted too late. What is submitted after that finds `alive` False."""
+        self._closing = True
         for request in list(self._requests.values()):
-            with contextlib.suppress(AssertionError):  # a broken account must not keep the others from ending
+            try:
                 self._end(request, "error", self._fault)
+            except Exception:  # a broken account must not keep the others from ending
+                log.exception("a request could not give back what it held")
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):
@@ -149,16 +152,21 @@ class Engine:
             self._scheduler.add(sequence)
 
     def _step(self, work: list[Work]) -> None:
+        self.stats.step_began = monotonic()
         try:
             choices = self._runner.run(work)
         except Exception:  # a failed step costs the rows that were in it, and nobody else
             log.exception("a step failed")
+            self.stats.failed_steps += 1
             self._runner.stack = AdapterStack()
             for item in work:
                 self._end(item.sequence.request, "error", EngineFailure("the step that held this request failed"))
             return
+        finally:
+            self.stats.step_began = None
         self._scheduler.computed(work)
         self.stats.steps += 1
+        self.stats.failed_steps = 0
         for item, choice in choices:
             if item.sequence.finish_reason is None and item.sequence.request.submit.id in self._requests:
                 try:
@@ -205,7 +213,7 @@ class Engine:
         """The one way a request ends: its Done goes out with the step's events, and everything it holds goes back."""
         if self._requests.pop(request.submit.id, None) is None:
             return
-        cached = request.sequences[0].cached or 0
+        cached = request.sequences[0].cached or 0 if request.sequences else 0
         prompt = len(request.submit.prompt)
         made = sum(sequence.produced for sequence in request.sequences)
         self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
@@ -224,10 +232,9 @@ class Engine:
             len(scheduler.waiting),
             len(self._loader),
         )
-        stats.queued_tokens = sum(request.worst_tokens for request in self._requests.values())
         stats.blocks_used, stats.preemptions = scheduler.pool.used, scheduler.preemptions
-        stats.resident, stats.slot_bytes, stats.slot_references = bank.digests(), bank.bytes, bank.references
-        stats.slot_evictions, stats.slot_loads, stats.last_step_at = bank.evictions, bank.misses, monotonic()
+        stats.resident, stats.slot_bytes = bank.digests(), bank.bytes + self._runner.stack.nbytes
+        stats.slot_references, stats.slot_evictions, stats.slot_loads = bank.references, bank.evictions, bank.loads
         if self._events:
             events, self._events = self._events, []
             self._emit(events)

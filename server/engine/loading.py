@@ -47,10 +47,8 @@ class AdapterLoader:
         assert digest is not None
         request.weights = self.bank.acquire(digest)
         if request.weights is None:
-            request.residency = Residency(cold=True)
+            request.residency = Residency(cold=digest not in self.bank.digests())
             self._lacking[request.submit.id] = request
-        else:
-            self.bank.hits += 1
 
     def give_up(self, request: Request) -> None:
         """The request has ended: its reference goes back, once."""
@@ -69,8 +67,11 @@ class AdapterLoader:
             request.weights = self.bank.acquire(digest)
             if request.weights is not None:
                 del self._lacking[request.submit.id]
+                waited = (monotonic() - request.arrived) * 1e3
+                request.residency = Residency(request.residency.cold, waited)
                 continue
             if not self.bank.holds(digest) and not full:
+                request.residency = Residency(cold=True)  # it was here and being drained, and has gone
                 if self.bank.reserve(digest):
                     self._threads.submit(self._load, digest)
                     continue
@@ -86,9 +87,6 @@ class AdapterLoader:
         if message.fault is None:
             assert isinstance(message.weights, AdapterWeights)
             self.bank.fill(message.digest, message.weights)
-            for request in self._lacking.values():
-                if request.digest == message.digest:
-                    request.residency = Residency(cold=True, load_ms=(monotonic() - request.arrived) * 1e3)
             return []
         self.bank.abandon(message.digest)
         return [request for request in self._lacking.values() if request.digest == message.digest]
@@ -120,4 +118,10 @@ def to_device(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
             for name, pair in weights.modules.items()
         }
     stream.synchronize()
+    # The memory goes back to the loading stream's pool when the last reference is dropped; a step that still reads it
+    # may be queued on the engine's stream then, and the next load must wait for it.
+    engine_stream = torch.cuda.default_stream(device)
+    for pair in modules.values():
+        pair.a.record_stream(engine_stream)
+        pair.b.record_stream(engine_stream)
     return AdapterWeights(digest=weights.digest, modules=modules, rank=weights.rank, nbytes=weights.nbytes)

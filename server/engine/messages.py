@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server.core import DEFAULT_TENANT, AdapterRef
+from server.core import AdapterRef
 from server.errors import OnebaseError
 
 
@@ -36,7 +36,6 @@ class Submit:
     sampling: Sampling
     n: int = 1
     salt: bytes = b""
-    tenant: str = DEFAULT_TENANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,20 +102,23 @@ Event = Delta | Done
 
 @dataclass(slots=True)
 class Stats:
-    """A snapshot of the engine for /readyz and /metrics; counters only ever grow."""
+    """A snapshot of the engine for /readyz and /metrics; counters only ever grow. `step_began` is when the step under
+    way began, None between steps; `failed_steps` counts those that failed since the last that did not. `slot_bytes`
+    are the adapters on the device and the copies of them that the step reads side by side.
+    """
 
     steps: int = 0
     running: int = 0
     waiting: int = 0
     loading: int = 0
-    queued_tokens: int = 0
     blocks: int = 0
     blocks_used: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
-    last_step_at: float = 0.0
+    step_began: float | None = None
+    failed_steps: int = 0
     resident: frozenset[str] = field(default_factory=frozenset)
     slots: int = 0
     slot_bytes: int = 0

@@ -62,7 +62,6 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     weights: Any = None  # the adapter on the device, while a slot reference is held
     residency: Residency = field(default_factory=Residency)
-    load_started: float | None = None
 
     @property
     def digest(self) -> str | None:
@@ -72,8 +71,3 @@ class Request:
     def ready(self) -> bool:
         """Whether nothing but room in the batch is missing."""
         return self.submit.adapter is None or self.weights is not None
-
-    @property
-    def worst_tokens(self) -> int:
-        """The most tokens it can come to hold, as the queue limit counts them."""
-        return (len(self.submit.prompt) + self.submit.sampling.max_tokens) * self.submit.n

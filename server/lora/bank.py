@@ -25,7 +25,7 @@ class Bank:
         self.capacity = slots
         self._slots: dict[str, Slot] = {}
         self._clock = 0
-        self.hits = self.misses = self.evictions = 0
+        self.loads = self.evictions = 0
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -76,12 +76,12 @@ class Bank:
             self.evictions += 1
         self._clock += 1
         self._slots[digest] = Slot(digest, used=self._clock)
-        self.misses += 1
         return True
 
     def fill(self, digest: str, weights: AdapterWeights) -> None:
         """The reserved slot's adapter has arrived."""
         self._slots[digest].weights = weights
+        self.loads += 1
 
     def abandon(self, digest: str) -> None:
         """The reserved slot's adapter could not be loaded."""

@@ -12,12 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from server.core import BaseInfo
+from server.core import MAX_CONFIG_BYTES, BaseInfo
 from server.errors import InvalidAdapter
 from server.lora.patterns import DEFAULT_TARGETS, PatternBudget, Targets, pattern_key
 from server.lora.strictjson import JsonError, parse_object
 
-MAX_CONFIG_BYTES = 64 * 1024
 MAX_NAMES = 4096
 MAX_TEXT = 512
 MAX_NUMBER = 2**31 - 1

@@ -86,6 +86,7 @@ class AdapterStack:
         self._owner: dict[str, int] = {}  # digest -> owner number
         self._numbers: list[int] = []  # given back, to be used again
         self._columns: dict[tuple[int, ...], torch.Tensor] = {}
+        self._nbytes = 0
 
     def activate(self, adapters: Sequence[AdapterWeights]) -> dict[str, int]:
         """Makes exactly `adapters` the stacked ones; returns digest -> owner number."""
@@ -93,10 +94,17 @@ class AdapterStack:
         gone = [digest for digest in self._owner if digest not in wanted]
         if gone:
             self._remove(gone)
-        for digest, adapter in wanted.items():
-            if digest not in self._owner:
-                self._add(adapter)
+        new = [adapter for digest, adapter in wanted.items() if digest not in self._owner]
+        for adapter in new:
+            self._add(adapter)
+        if gone or new:
+            self._nbytes = sum(table.a.nbytes + table.b.nbytes for table in self.tables.values())
         return self._owner
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tables, with the room that they have to grow."""
+        return self._nbytes
 
     def columns(self, table: Table) -> tuple[tuple[int, ...], torch.Tensor]:
         """The table's owners as a hashable key and as int64 [columns]; modules of equal layout share both."""

@@ -1,10 +1,13 @@
 """`/adapters`: upload and its refusals, history, paging, and changes while requests are in flight."""
 
+import errno
 import json
 import pickle
 import shutil
+import socket
 import threading
 
+import httpx
 import pytest
 from safetensors.torch import load_file, save
 
@@ -500,6 +503,11 @@ def test_a_directory_of_adapters_is_registered_at_the_start(base, adapters, tmp_
     assert all(name in caplog.text for name in ("Bad Name", "half"))
     with Server(base, tmp_path / "data", preload=folder) as server:  # what a user has put there since stays
         assert server.http.get("/adapters/one").json()["digest"] == two["digest"]
+    record = next((tmp_path / "data/adapters/names/default").iterdir())
+    record.write_text("{broken")
+    with Server(base, tmp_path / "data", preload=folder) as server:  # nobody may get other weights under that name
+        assert server.http.get(f"/adapters/{record.stem}").status_code == 404
+    assert record.read_text() == "{broken"
     with Server(base, tmp_path / "other", preload=tmp_path / "nothing") as server:
         assert server.http.get("/adapters").json()["data"] == []
     assert "there is no directory" in caplog.text
@@ -510,3 +518,66 @@ def test_sources_are_refused_by_default(base, adapters, tmp_path):
         for source in (f"file://{adapters[0]}", "hf://acme/adapter", "s3://bucket/adapter"):
             error = refused(server.http.put("/adapters/x", json={"source": source}), 403, "source")
             assert error["type"] == "permission_error"
+
+
+# --- receiving --------------------------------------------------------------------------------------------------------
+
+
+def raw_put(server, kind, parts):
+    boundary = "x"
+    body = b"".join(
+        b"--x\r\ncontent-disposition: form-data; " + head + b"\r\n\r\n" + data + b"\r\n" for head, data in parts
+    )
+    headers = {"content-type": f"multipart/form-data; boundary={boundary}{kind}"}
+    return server.http.put("/adapters/raw", content=body + b"--x--\r\n", headers=headers)
+
+
+@pytest.mark.parametrize(("kind", "config"), [("; charset=undefined", b"{}"), ("; charset=utf-7", b"+2AA-")])
+def test_a_charset_that_makes_no_text_is_the_clients_fault(server, parts, kind, config):
+    response = raw_put(server, kind, [(b"name=config", config), (b'name=weights; filename="w"', parts["weights"])])
+    refused(response, 422)
+    server.idle()
+
+
+def test_a_config_of_too_much_text_is_413(server, parts):
+    response = raw_put(server, "", [(b"name=config", b" " * 65_537), (b'name=weights; filename="w"', parts["weights"])])
+    assert refused(response, 413, "config")["code"] == "too_large"
+
+
+def test_a_full_temporary_directory_is_507(server, parts, monkeypatch):
+    def full(self, *arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("starlette.datastructures.UploadFile.write", full)
+    response = server.http.put("/adapters/full", files=parts)
+    refused(response, 507)
+    monkeypatch.undo()
+    assert server.http.put("/adapters/full", files=parts).status_code == 201
+
+
+def test_only_so_many_uploads_are_received_at_once(server, parts):
+    limiter = server.state.receiving
+    held = [object() for _ in range(int(limiter.total_tokens))]
+    for one in held:
+        limiter.acquire_on_behalf_of_nowait(one)
+    response = server.http.put("/adapters/one-more", files=parts)
+    assert refused(response, 503)["code"] == "uploads_full"
+    assert response.headers["retry-after"]
+    for one in held:
+        limiter.release_on_behalf_of(one)
+    assert server.http.put("/adapters/one-more", files=parts).status_code == 201
+    assert limiter.borrowed_tokens == 0
+
+
+def test_an_upload_that_never_ends_is_given_up(server, monkeypatch):
+    monkeypatch.setattr("server.api.adapters.RECEIVE_SECONDS", 0.3)
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+        connection.sendall(
+            b"PUT /adapters/slow HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\nconnection: close\r\n"
+            b"content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+        )
+        answer = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert b"422" in answer.split(b"\r\n")[0]
+    assert b"upload_timeout" in answer
+    assert server.state.receiving.borrowed_tokens == 0

@@ -1,9 +1,11 @@
 """`/healthz`, `/readyz`, `/metrics`."""
 
+from time import monotonic
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving import until
+from tests.serving import Server, chat_base, refused, until
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
 
@@ -20,14 +22,50 @@ def test_ready_while_the_engine_takes_requests(server, monkeypatch):
     assert server.http.get("/readyz").json() == {"status": "ready", "base": "tiny-llama"}
     monkeypatch.setattr(server.state.client, "draining", True)
     response = server.http.get("/readyz")
-    assert (response.status_code, response.json()["reason"]) == (503, "draining")
+    assert refused(response, 503)["code"] == "draining"
+    assert int(response.headers["retry-after"]) >= 1
     assert server.http.get("/healthz").status_code == 200
 
 
 def test_not_ready_when_the_engine_has_died(server, monkeypatch):
     monkeypatch.setattr(type(server.engine), "alive", False)
-    response = server.http.get("/readyz")
-    assert (response.status_code, response.json()["reason"]) == (503, "the engine is not running")
+    assert refused(server.http.get("/readyz"), 503)["code"] == "not_ready"
+
+
+def test_not_ready_while_a_step_hangs(server, monkeypatch):
+    monkeypatch.setattr(server.engine.stats, "step_began", monotonic() - 119)
+    assert server.http.get("/readyz").status_code == 200
+    monkeypatch.setattr(server.engine.stats, "step_began", monotonic() - 121)
+    assert refused(server.http.get("/readyz"), 503)["code"] == "not_ready"
+
+
+def test_not_ready_when_every_step_fails_and_ready_again_after_one_that_does_not(server, monkeypatch):
+    def broken(work):
+        raise RuntimeError("the device is gone")
+
+    for failed in range(3):
+        assert server.http.get("/readyz").status_code == 200, failed
+        with monkeypatch.context() as patch:
+            patch.setattr(server.runner, "run", broken)
+            assert server.http.post("/v1/generate", json={"prompt": "x", "max_tokens": 2}).status_code == 500
+    assert "3 steps failed" in refused(server.http.get("/readyz"), 503)["message"]
+    server.generate()
+    assert server.http.get("/readyz").status_code == 200
+
+
+def test_a_server_whose_engine_failed_stops(tmp_path):
+    """Its supervisor must see it go; an open request gets its error first."""
+
+    def broken():
+        raise RuntimeError("an account is broken")
+
+    with Server(chat_base(tmp_path / "base"), tmp_path / "data") as server:
+        server.engine._scheduler.schedule = broken
+        response = server.http.post("/v1/generate", json={"prompt": "x", "max_tokens": 2})
+        assert refused(response, 500)["message"] == "the engine failed"
+        server._thread.join(10)
+        assert not server._thread.is_alive()
+        assert server._uvicorn.engine_failed
 
 
 @pytest.mark.parametrize("accept", [None, OPENMETRICS, "application/json"])

@@ -1,6 +1,7 @@
 """The `onebase` command, against a running server."""
 
 import json
+import socket
 
 import pytest
 from typer.testing import CliRunner
@@ -179,3 +180,22 @@ def test_a_start_that_cannot_be_exits_1_and_says_why(base, tmp_path, caplog):
         assert result.exit_code == 1
         assert isinstance(result.exception, SystemExit)
         assert str(flags[-1]) in caplog.text
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        result = run("serve", "--port", port, "--data-dir", tmp_path / "data")
+    assert result.exit_code == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_list_that_is_piped_has_whole_names_and_digests(server, folders):
+    name = "n" * 64
+    server.put(name, folders[0])
+    result = run("adapters", "list", "--url", server.url, env={"COLUMNS": "80"})
+    digest = server.http.get(f"/adapters/{name}").json()["digest"]
+    [line] = [line for line in result.stdout.splitlines() if name in line]
+    assert digest in line

@@ -459,6 +459,47 @@ def test_a_request_behind_the_stop_ends_too(folder: Path) -> None:
     harness.engine.stop()  # a second time is harmless
 
 
+def test_a_dead_engine_takes_nothing_more_while_a_load_is_under_way(folder: Path, adapters: list[Path]) -> None:
+    """It fails while an adapter is being read. Whoever comes then must not be put into an inbox that nobody reads."""
+    harness = Trap(fresh_base(folder))
+    gate = harness.hold(adapters[0])
+    harness.engine.start()
+    waiting = harness.submit(PROMPTS[0], adapters[0])
+    assert harness.fetched.get(timeout=30)
+
+    def broken(*arguments: Any) -> Any:
+        raise KeyError("an account is broken")
+
+    harness.bank.release = broken  # type: ignore[method-assign]
+    harness.scheduler.schedule = broken  # type: ignore[method-assign]
+    doomed = harness.submit(PROMPTS[1])
+    for answer in (waiting, doomed):
+        assert outcome(harness.wait(answer, 10)) == "error"
+    assert harness.engine._thread.is_alive()  # it waits for the load
+    assert not harness.engine.alive
+    gate.set()
+    harness.engine._thread.join(30)
+    assert (waiting.dones, doomed.dones) == (1, 1)
+
+
+def test_steps_that_fail_are_counted_until_one_does_not(folder: Path) -> None:
+    with trap(folder) as harness:
+        run = harness.runner.run
+
+        def failing(work: Any) -> Any:
+            assert harness.engine.stats.step_began is not None
+            raise RuntimeError("the device is gone")
+
+        harness.runner.run = failing  # type: ignore[method-assign]
+        for count in (1, 2, 3):
+            assert outcome(harness.run({"prompt": PROMPTS[0]})[0]) == "error"
+            assert harness.engine.stats.failed_steps == count
+        harness.runner.run = run  # type: ignore[method-assign]
+        assert outcome(harness.run({"prompt": PROMPTS[0]})[0]) == "finished"
+        until(lambda: harness.engine.stats.step_began is None)
+        assert harness.engine.stats.failed_steps == 0
+
+
 def test_several_answers_differ_and_come_again(folder: Path, adapters: list[Path]) -> None:
     """n = 4: four different answers, one Done; the same seed gives the same four in any company."""
     sampling = {"prompt": PROMPTS[1], "adapter": adapters[0], "temperature": 1.5, "seed": 7, "max_tokens": 12}

@@ -56,7 +56,7 @@ def test_the_least_recently_used_goes_first() -> None:
         load(bank, digest)
         gone += before - bank.digests()
     assert gone == ["c", "a", "b"]
-    assert (bank.evictions, bank.misses, len(bank)) == (3, 6, 3)
+    assert (bank.evictions, bank.loads, len(bank)) == (3, 6, 3)
 
 
 def test_a_referenced_adapter_is_never_evicted() -> None:

@@ -79,13 +79,6 @@ class Accounts(RuleBasedStateMachine):
             blocks += fresh
             tokens += [data.draw(st.sampled_from([0, 1]))]
 
-    @rule()
-    def forget(self) -> None:
-        self.pool.forget()
-        for block in self.idle:
-            del self.content[block]
-        self.idle = []
-
     @rule(data=st.data())
     def release_once_too_often(self, data: st.DataObject) -> None:
         free = [block for block, count in enumerate(self.references) if not count]

@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "errors": set(),
     "settings": set(),
+    "machine": set(),
     "lora": BOTTOM,
     "model": BOTTOM,
     "engine": BOTTOM | {"lora", "model"},
@@ -28,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "tenants": BOTTOM,
     "metrics": {"engine.messages"},
     "api": BOTTOM | {"settings", "metrics", "registry", "tenants", "engine", "model.loader"},
-    "app": BOTTOM | {"settings", "metrics", "registry", "tenants", "engine", "lora", "model", "api"},
+    "app": BOTTOM | {"settings", "machine", "metrics", "registry", "tenants", "engine", "lora", "model", "api"},
     "run": BOTTOM | {"settings", "app", "api.state", "model"},
     "cli": {"settings", "run"},
     "demo": {"settings"},
@@ -39,6 +40,7 @@ HEAVY = {"torch", "transformers", "peft"}
 LIGHT_MODULES = [
     "server.core",
     "server.errors",
+    "server.machine",
     "server.settings",
     "server.engine.blocks",
     "server.engine.messages",
@@ -50,7 +52,7 @@ LIGHT_MODULES = [
     "server.registry.store",
     "server.registry.sources",
 ]
-NO_WEB_LAYERS = ("core", "errors", "engine", "lora", "model", "registry", "tenants")
+NO_WEB_LAYERS = ("core", "errors", "machine", "engine", "lora", "model", "registry", "tenants")
 FILES = sorted(SERVER.rglob("*.py"))
 
 
