@@ -28,6 +28,7 @@ def test_ready_while_the_engine_takes_requests(server, monkeypatch):
 
 
 def test_not_ready_when_the_engine_has_died(server, monkeypatch):
+    monkeypatch.setattr(server._uvicorn, "engine_failed", True)  # else it would stop, as it should
     monkeypatch.setattr(type(server.engine), "alive", False)
     assert refused(server.http.get("/readyz"), 503)["code"] == "not_ready"
 
