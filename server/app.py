@@ -51,6 +51,7 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
         settings.data_dir,
         dtype=settings.dtype,
         device=settings.device,
+        kernels=settings.kernels,
         extra_names=settings.base_names,
     )
     state, engine = build(settings, base)
@@ -129,10 +130,10 @@ def kv_tokens(settings: Settings, base: Base) -> int:
 
 
 def adapter_room(settings: Settings, base: Base) -> int:
-    """Bytes that the adapters on the device may come to take: every slot full, and each adapter stacked as well."""
+    """Bytes that the adapters on the device may come to take: every slot full."""
     rank = min(settings.max_rank, _USUAL_RANK)
     values = sum(rank * (shape.in_features + shape.out_features) for shape in base.info.linears.values())
-    return 2 * settings.adapter_slots * values * base.dtype.itemsize
+    return settings.adapter_slots * values * base.dtype.itemsize
 
 
 def preload(state: State, folder: Path) -> list[str]:

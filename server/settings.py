@@ -27,6 +27,7 @@ class Settings(BaseSettings):
         "auto", description="auto: float32 on CPU, bfloat16 on CUDA"
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0: one a core")
+    kernels: bool = Field(True, description="compile and use the C++ kernels for the CPU (needs g++); off: torch only")
     data_dir: Path = Field(Path("~/.local/share/onebase"), description="adapters and converted models")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)

@@ -145,6 +145,6 @@ def running(base: Base, **options: Any) -> Iterator[Harness]:
         harness.engine.stop()
 
 
-def fresh_base(folder: Path, dtype: str = "float32", data_dir: Path | None = None) -> Base:
+def fresh_base(folder: Path, dtype: str = "float32", data_dir: Path | None = None, *, kernels: bool = True) -> Base:
     """Loads a base of its own: an engine changes the model's modules, so none is shared."""
-    return load_base(str(folder), data_dir or folder.parent / "data", dtype=dtype, device="cpu")
+    return load_base(str(folder), data_dir or folder.parent / "data", dtype=dtype, device="cpu", kernels=kernels)

@@ -10,15 +10,13 @@ import torch
 
 from server.engine.scheduler import Work
 from server.lora.layers import LoraBatch
-from server.lora.stack import AdapterStack
 from server.lora.weights import AdapterWeights
-from server.model.attention import AttentionBatch, BlockTable, DecodeGroup, KVPool, PrefillChunk
+from server.model.attention import AttentionBatch, DecodeGroup, PrefillChunk
+from server.model.kv import BlockTable, KVPool
 
 Tensors = Callable[[list[int]], torch.Tensor]
 
-# From this many tokens of one adapter on, two matmuls of its own cost less than its share of the masked ones.
-SEGMENT = 32
-# A decode row joins a group of longer rows while at least this share of the group's keys is its own.
+# Without kernels, a decode row joins a group of longer rows while at least this share of the group's keys is its own.
 _FILL = 0.7
 
 
@@ -37,8 +35,8 @@ class Batch:
     fresh: torch.Tensor | None
 
 
-def build(work: Seq[Work], pool: KVPool, stack: AdapterStack, device: torch.device) -> Batch:
-    """Tokens are ordered base first, then rows of adapters, then long runs of one adapter."""
+def build(work: Seq[Work], pool: KVPool, device: torch.device) -> Batch:
+    """Tokens are ordered base first, then by adapter, so that each adapter is one run."""
     ordered = sorted(work, key=_place)
     starts, end = [], 0
     for item in ordered:
@@ -65,15 +63,14 @@ def build(work: Seq[Work], pool: KVPool, stack: AdapterStack, device: torch.devi
         logits_at=tensor(last or [0]),
         sampled=[item for item in ordered if item.samples],
         attention=AttentionBatch(pool, tensor(slots), groups, chunks),
-        lora=_lora(ordered, starts, stack, tensor),
+        lora=_lora(ordered, starts, end, pool.kernels is not None, tensor),
         fresh=tensor(fresh) if fresh else None,
     )
 
 
-def _place(item: Work) -> tuple[int, int]:
-    if item.sequence.request.weights is None:
-        return 0, -item.sequence.computed
-    return (1 if item.count < SEGMENT else 2), -item.sequence.computed
+def _place(item: Work) -> str:
+    weights = item.sequence.request.weights
+    return weights.digest if weights is not None else ""
 
 
 def _to(device: torch.device) -> Tensors:
@@ -96,7 +93,8 @@ def _attention(
             blocks = -(-(context + item.count) // pool.block_size)
             table = BlockTable(tensor(item.sequence.blocks[:blocks]))
             chunks.append(PrefillChunk(start, start + item.count, context, table))
-    return [_group(rows, pool, tensor) for rows in _by_length(decodes)], chunks
+    groups = [decodes] if pool.kernels is not None and decodes else _by_length(decodes)
+    return [_group(rows, pool, tensor) for rows in groups], chunks
 
 
 def _by_length(decodes: list[tuple[int, Work]]) -> list[list[tuple[int, Work]]]:
@@ -117,23 +115,36 @@ def _group(rows: list[tuple[int, Work]], pool: KVPool, tensor: Tensors) -> Decod
     for _, item in rows:
         blocks = item.sequence.blocks[: item.sequence.computed // pool.block_size + 1]
         table += blocks + [pool.null_block] * (width - len(blocks))
-    positions = [item.sequence.computed for _, item in rows]
     return DecodeGroup(
-        tensor([start for start, _ in rows]), BlockTable(tensor(table)), tensor(positions), width * pool.block_size
+        tokens=tensor([start for start, _ in rows]),
+        tables=tensor(table).int().view(len(rows), width),
+        positions=tensor([item.sequence.computed for _, item in rows]),
+        length=width * pool.block_size,
     )
 
 
-def _lora(ordered: list[Work], starts: list[int], stack: AdapterStack, tensor: Tensors) -> LoraBatch | None:
-    mixed: list[tuple[int, int, AdapterWeights]] = []
-    segments: list[tuple[int, int, AdapterWeights]] = []
-    for item, start in zip(ordered, starts, strict=True):
-        weights = item.sequence.request.weights
-        if weights is not None:
-            (mixed if item.count < SEGMENT else segments).append((start, start + item.count, weights))
-    if not mixed and not segments:
+def _lora(ordered: list[Work], starts: list[int], tokens: int, kernels: bool, tensor: Tensors) -> LoraBatch | None:
+    runs = _runs(ordered, starts)
+    if not runs:
         return None
-    if not mixed:
-        return LoraBatch(stack, 0, 0, None, segments)
-    numbers = stack.activate([weights for _, _, weights in mixed])
-    owners = [numbers[weights.digest] for start, end, weights in mixed for _ in range(end - start)]
-    return LoraBatch(stack, mixed[0][0], mixed[-1][1], tensor(owners), segments)
+    touched = frozenset[str]().union(*(adapter.modules for _, _, adapter in runs))
+    if not kernels:
+        return LoraBatch(touched, runs=runs)
+    addresses = [0] * tokens
+    for start, end, adapter in runs:
+        assert adapter.addresses is not None
+        addresses[start:end] = [adapter.addresses.data_ptr()] * (end - start)
+    return LoraBatch(touched, tables=tensor(addresses))
+
+
+def _runs(ordered: list[Work], starts: list[int]) -> list[tuple[int, int, AdapterWeights]]:
+    """(start, end, adapter) of packed tokens, neighbours of one adapter taken together."""
+    runs: list[tuple[int, int, AdapterWeights]] = []
+    for item, start in zip(ordered, starts, strict=True):
+        weights, end = item.sequence.request.weights, start + item.count
+        if weights is None:
+            continue
+        if runs and runs[-1][2] is weights:
+            start = runs.pop()[0]
+        runs.append((start, end, weights))
+    return runs

@@ -8,26 +8,26 @@ from server.engine import batch as batches
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
 from server.lora.layers import LoraStep, install
-from server.lora.stack import AdapterStack
 from server.model import attention
+from server.model.kv import KVPool
 from server.model.loader import Base
 
 
 class Runner:
-    """Owns the model, the KV pool and the stacked adapters. Used by the engine's thread only."""
+    """Owns the model and the KV pool. Used by the engine's thread only."""
 
     def __init__(self, base: Base, *, blocks: int, block_size: int):
         self.base = base
-        self.lora: LoraStep = install(base.model, base.info)
-        self.stack = AdapterStack()
-        self.pool = attention.KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
+        self.lora: LoraStep = install(base.model, base.info, base.kernels)
+        self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device, base.kernels)
 
     def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
         """Computes `work` and returns a choice for each item that reached its sequence's last token."""
         with torch.inference_mode():
-            batch = batches.build(work, self.pool, self.stack, self.base.device)
-            if batch.fresh is not None:
-                self.pool.clear(batch.fresh)  # a block shows nothing of its last owner, behind no mask either
+            batch = batches.build(work, self.pool, self.base.device)
+            if batch.fresh is not None and self.base.kernels is None:
+                # Behind a mask a stale NaN would still show; kernels read nothing that is not the row's own.
+                self.pool.clear(batch.fresh)
             logits = self._forward(batch)
             if not batch.sampled:
                 return []

@@ -1,4 +1,4 @@
-"""The base model's own matrix products, with weights laid out once for the machine's kernels."""
+"""The base model's own matrix products."""
 
 from __future__ import annotations
 
@@ -9,36 +9,39 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-# Rows that a packed weight is laid out for. oneDNN's layout for a decode batch also serves prefill well.
-_PACK_ROWS = 16
+from server.kernels.ops import Kernels
 
 
-class Dense(nn.Module):
+class Dense:
     """y = x W^T + bias with W [out, in] of a linear or Conv1D; x [..., in] -> y [..., out], freshly allocated.
 
-    On the CPU, `linear` repacks the weight at every call; here that is done once (docs/performance.md has figures).
+    With kernels, the weight is laid out once in the order in which they read it, and kept in that form only. Not an
+    `nn.Module`: looking one up and calling it costs more than a small product.
     """
 
-    def __init__(self, base: Any):
-        super().__init__()
+    def __init__(self, base: Any, kernels: Kernels | None):
         weight = base.weight.detach()
         weight = weight.t().contiguous() if isinstance(base, Conv1D) else weight
         self.out_features, self.in_features = weight.shape
         bias = getattr(base, "bias", None)
         self.bias = None if bias is None else bias.detach()
-        self.packed = packable(weight)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS) if self.packed else weight
+        self.kernels = kernels
+        self.packed = kernels.pack(weight, self.bias) if kernels is not None else None
+        self.weight = weight if self.packed is None else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed:
-            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.packed is not None and self.kernels is not None:
+            return self.kernels.linear(x, self.packed)
+        assert self.weight is not None
         return linear(x, self.weight, self.bias)
 
 
-def packable(weight: torch.Tensor) -> bool:
-    """Whether oneDNN can hold this weight in a layout of its own."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if weight.dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return weight.dtype == torch.float32
+class Head(nn.Module):
+    """The output head: logits of hidden states."""
+
+    def __init__(self, base: Any, kernels: Kernels | None):
+        super().__init__()
+        self._dense = Dense(base, kernels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._dense(x)

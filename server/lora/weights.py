@@ -49,13 +49,15 @@ class LoraPair:
 class AdapterWeights:
     """An adapter in RAM, in the serving dtype. `modules` has the full module names of `BaseInfo.linears`, in order.
 
-    `rank` is the largest of any module, `nbytes` the bytes of all tensors.
+    `rank` is the largest of any module, `nbytes` the bytes of all tensors. `addresses` is where the CPU's kernels find
+    it: int64 [linears, 3], of each linear the addresses of A and B and the rank; 0 where the adapter has nothing.
     """
 
     digest: str
     modules: Mapping[str, LoraPair]
     rank: int
     nbytes: int
+    addresses: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,19 @@ def read_adapter(digest: str, config: bytes, weights_path: Path, base: BaseInfo,
         modules=pairs,
         rank=max(module.rank for module in modules.values()),
         nbytes=sum(pair.a.nbytes + pair.b.nbytes for pair in pairs.values()),
+        addresses=_addresses(pairs, base),
     )
+
+
+def _addresses(pairs: Mapping[str, LoraPair], base: BaseInfo) -> torch.Tensor:
+    table = torch.zeros(len(base.linears), 3, dtype=torch.long)
+    for number, name in enumerate(base.linears):
+        if name in pairs:
+            a, b = pairs[name].a, pairs[name].b
+            assert a.is_contiguous()
+            assert b.is_contiguous()
+            table[number] = torch.tensor((a.data_ptr(), b.data_ptr(), len(a)))
+    return table
 
 
 def _pairs(

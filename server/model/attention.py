@@ -1,8 +1,6 @@
 """Paged attention for packed batches, plugged in through transformers' attention interface.
 
-A step is one packed row `[1, tokens]`: decode rows bring one token each, prefill chunks a run of tokens. Keys and
-values live in a pool of fixed-size blocks (Kwon et al. 2023, "PagedAttention"); the pool is laid out head by head,
-so that gathering a row's blocks yields what a batched matmul wants without a transposing copy.
+A step is one packed row `[1, tokens]`: decode rows bring one token each, prefill chunks a run of tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from server.model.kv import BlockTable, KVPool, KVShape
+
 NAME = "onebase"
 
 # What a family may hand to its attention that changes the result in a way this module does not compute.
@@ -32,83 +32,34 @@ class UnsupportedAttention(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class KVShape:
-    """One layer's keys [kv_heads, token, key_dim] and values [kv_heads, token, value_dim]."""
+class LayerCall:
+    """What one layer's attention hands over beside its tensors: the scale of its scores, and its sliding window."""
 
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
-@dataclass
-class BlockTable:
-    """Block ids [n] to gather, and the same as row numbers of a pool: a gather of whole rows is twice as fast."""
-
-    ids: torch.Tensor
-    _rows: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def rows(self, heads: int, blocks: int) -> torch.Tensor:
-        """[heads * n]: head h's block b is row h * blocks + b."""
-        if heads not in self._rows:
-            firsts = torch.arange(heads, device=self.ids.device)[:, None] * blocks
-            self._rows[heads] = (firsts + self.ids).view(-1)
-        return self._rows[heads]
-
-
-class KVPool:
-    """Keys and values of every block, per layer: [kv_heads, blocks * block_size, dim].
-
-    One block more than `blocks` is kept, always zero: tables of different lengths are padded with it. A stale NaN
-    behind a mask would still reach its neighbour (0 x NaN = NaN), so what a row can gather is zero until it is written.
-    """
-
-    def __init__(
-        self, shapes: dict[int, KVShape], blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-    ):
-        self.blocks, self.block_size, self.null_block = blocks, block_size, blocks
-        tokens = (blocks + 1) * block_size
-
-        def zeros(heads: int, dim: int) -> torch.Tensor:
-            return torch.zeros(heads, tokens, dim, dtype=dtype, device=device)
-
-        self.keys = {layer: zeros(s.kv_heads, s.key_dim) for layer, s in shapes.items()}
-        self.values = {layer: zeros(s.kv_heads, s.value_dim) for layer, s in shapes.items()}
-
-    def clear(self, blocks: torch.Tensor) -> None:
-        """Zeroes whole blocks; `blocks` [n] int64."""
-        for tensors in (self.keys, self.values):
-            for tensor in tensors.values():
-                tensor.view(tensor.shape[0], -1, self.block_size, tensor.shape[2]).index_fill_(1, blocks, 0)
-
-    def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Stores key and value [kv_heads, tokens, dim] at `slots` [tokens] (block * block_size + offset)."""
-        self.keys[layer].index_copy_(1, slots, key)
-        self.values[layer].index_copy_(1, slots, value)
-
-    def gather(self, layer: int, table: BlockTable) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the table's blocks, in that order: [kv_heads, n * block_size, dim] each."""
-
-        def take(pool: torch.Tensor) -> torch.Tensor:
-            heads, _, dim = pool.shape
-            rows = pool.view(-1, self.block_size * dim).index_select(0, table.rows(heads, self.blocks + 1))
-            return rows.view(heads, -1, dim)
-
-        return take(self.keys[layer]), take(self.values[layer])
+    scale: float
+    window: int | None
 
 
 @dataclass
 class DecodeGroup:
-    """Rows of one new token each whose contexts are about as long.
+    """Rows of one new token each; without kernels, their contexts are about as long.
 
-    `tokens` [rows]: where each row's token lies in the packed step. `table`, rows * blocks ids: each row's blocks,
+    `tokens` [rows]: where each row's token lies in the packed step. `tables` [rows, width] int32: each row's blocks,
     padded with the null block. `positions` [rows]: the position of the new token, so keys 0..position are visible.
+    `length` is width in tokens.
     """
 
     tokens: torch.Tensor
-    table: BlockTable
+    tables: torch.Tensor
     positions: torch.Tensor
     length: int
+    _gathered: BlockTable | None = None
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def gathered(self) -> BlockTable:
+        """The tables one after the other."""
+        if self._gathered is None:
+            self._gathered = BlockTable(self.tables.view(-1).long())
+        return self._gathered
 
     def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
         """Additive mask [rows, 1, length]: 0 where a key is visible, -inf elsewhere."""
@@ -163,16 +114,33 @@ class AttentionBatch:
         self.pool.write(layer, self.slots, key, value)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
         for group in self.groups:
-            out.index_copy_(0, group.tokens, self._decode(group, layer, query, scale, window))
+            if self.pool.kernels is not None:
+                self._decode_in_place(group, layer, query, scale, window, out)
+            else:
+                out.index_copy_(0, group.tokens, self._decode(group, layer, query, scale, window))
         for chunk in self.chunks:
             out[chunk.start : chunk.end] = self._prefill(chunk, layer, query, key, value, scale, window)
         return out
+
+    def _decode_in_place(
+        self,
+        group: DecodeGroup,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        pool = self.pool
+        assert pool.kernels is not None
+        rows = (group.tables, group.positions, group.tokens)
+        pool.kernels.decode(query, pool.keys[layer], pool.values[layer], *rows, pool.block_size, scale, window, out)
 
     def _decode(
         self, group: DecodeGroup, layer: int, query: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         """One query per row. The query heads that share a KV head are laid as the rows of one matmul."""
-        key, value = self.pool.gather(layer, group.table)
+        key, value = self.pool.gather(layer, group.gathered())
         rows, (heads, _, dim), kv_heads = len(group.tokens), query.shape, key.shape[0]
         batch, per = kv_heads * rows, heads // kv_heads
         q = query.index_select(1, group.tokens).view(kv_heads, per, rows, dim).transpose(1, 2).reshape(batch, per, dim)
@@ -215,22 +183,24 @@ class AttentionBatch:
 
 
 @dataclass
-class _Probe:
+class Probe:
     """Stands in for a batch while the base is loaded: notes every layer's shapes, computes plain causal attention."""
 
     shapes: dict[int, KVShape] = field(default_factory=dict)
+    calls: dict[int, LayerCall] = field(default_factory=dict)
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
     ) -> torch.Tensor:
         self.shapes[layer] = KVShape(key.shape[0], key.shape[2], value.shape[2])
+        self.calls[layer] = LayerCall(scale, window)
         per = query.shape[0] // key.shape[0]
         key, value = key.repeat_interleave(per, 0), value.repeat_interleave(per, 0)
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(0, 1)
 
 
 @contextlib.contextmanager
-def step(batch: AttentionBatch | _Probe) -> Iterator[None]:
+def step(batch: AttentionBatch | Probe) -> Iterator[None]:
     """Makes `batch` the one that attention calls of this thread refer to."""
     _current.batch = batch
     try:
@@ -239,14 +209,20 @@ def step(batch: AttentionBatch | _Probe) -> Iterator[None]:
         del _current.batch
 
 
-def probe(model: Any) -> dict[int, KVShape]:
-    """Runs two tokens through `model` and returns each attention layer's KV shape.
+def current() -> AttentionBatch | Probe:
+    """The batch of the step that this thread is running."""
+    batch: AttentionBatch | Probe = _current.batch
+    return batch
+
+
+def probe(model: Any) -> Probe:
+    """Runs two tokens through `model` and returns what each layer's attention looks like.
 
     Raises UnsupportedAttention when the family does not go through the attention interface in every layer.
     """
     device = next(model.parameters()).device
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-    recorder = _Probe()
+    recorder = Probe()
     with torch.inference_mode(), step(recorder):
         model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
     expected = model.config.get_text_config().num_hidden_layers
@@ -254,7 +230,7 @@ def probe(model: Any) -> dict[int, KVShape]:
         raise UnsupportedAttention(
             f"{len(recorder.shapes)} of {expected} layers of {type(model).__name__} use the attention interface"
         )
-    return recorder.shapes
+    return recorder
 
 
 def _forward(
@@ -272,7 +248,8 @@ def _forward(
         if kwargs.get(name) is not None:
             raise UnsupportedAttention(f"{type(module).__name__} uses '{name}', which this server does not compute")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    out = _current.batch.run(module.layer_idx, query[0], key[0], value[0], scale, sliding_window)
+    layer: Any = module.layer_idx
+    out = current().run(layer, query[0], key[0], value[0], scale, sliding_window)
     return out[None], None
 
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from server.core import BaseInfo, LinearShape
-from server.model import attention, bundled
+from server.kernels.ops import Kernels, kernels_for
+from server.model import attention, bundled, fused, kv
 from server.model.bundled import BaseUnavailable, or_unavailable
 
 # Rope types whose frequencies depend on the longest row of the batch: past the original context, one row's length
@@ -28,7 +29,10 @@ BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 @dataclass(frozen=True)
 class Base:
-    """The loaded base model. Its weights are never written to. `longest_token` is in characters."""
+    """The loaded base model. Its weights are never written to. `longest_token` is in characters.
+
+    `kernels` are the CPU's own, or None: then everything is computed by torch.
+    """
 
     model: Any
     tokenizer: Any
@@ -38,8 +42,9 @@ class Base:
     vocab_size: int
     max_context: int
     eos_ids: frozenset[int]
-    kv_shapes: dict[int, attention.KVShape]
+    kv_shapes: dict[int, kv.KVShape]
     longest_token: int
+    kernels: Kernels | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -48,9 +53,17 @@ class Base:
 
 
 def load_base(
-    spec: str, data_dir: Path, *, dtype: str = "auto", device: str = "auto", extra_names: Iterable[str] = ()
+    spec: str,
+    data_dir: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    kernels: bool = True,
+    extra_names: Iterable[str] = (),
 ) -> Base:
     """Loads `spec` (see CONTRACT: bundled name, hub id, directory or .gguf file) for inference.
+
+    `kernels`: whether to use the ones for the CPU, where they can be had.
 
     Raises BaseUnavailable with a reason a user can act on.
     """
@@ -70,6 +83,10 @@ def load_base(
         linears={n: linear_shape(m) for n, m in model.named_modules() if is_linear(m) and m is not head},
         other_modules=frozenset(n for n, m in model.named_modules() if n and (m is head or not is_linear(m))),
     )
+    layers = attention.probe(model)
+    built = kernels_for(kind, where) if kernels else None
+    if built is not None:
+        fused.fuse(model, built, layers.calls)
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -79,8 +96,9 @@ def load_base(
         vocab_size=config.vocab_size,
         max_context=_max_context(config),
         eos_ids=_eos_ids(model, tokenizer),
-        kv_shapes=attention.probe(model),
+        kv_shapes=layers.shapes,
         longest_token=max(map(len, tokenizer.get_vocab())),
+        kernels=built,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.lora.dense import Dense
+from server.lora.layers import LoraLinear
 from tests.exactness import assert_same
 from tests.families import ATTENTION, FAMILIES, MLP, VOCABULARY, Oracle, prompts_of, save_adapter, save_model
 from tests.harness import fresh_base, running
@@ -169,6 +169,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
     """Copies of every weight: parameters, and those that are laid out anew for the machine."""
     copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        if isinstance(module, Dense):
-            copies[name] = (module.weight.to_dense() if module.packed else module.weight).clone()
+        dense = module.dense if isinstance(module, LoraLinear) else getattr(module, "_dense", None)
+        if dense is not None:
+            copies[name] = (dense.packed.data if dense.packed is not None else dense.weight).clone()
     return copies

@@ -38,13 +38,20 @@ class Bench:
             assert_same(self.oracle, request["prompt"], request["adapter"], answer)
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+WITH_KERNELS = [pytest.param((name, True), id=name) for name in FAMILIES]
+BY_TORCH = [pytest.param((name, False), id=f"{name} by torch") for name in ("llama", "mistral", "phi3", "gpt2")]
+
+
+@pytest.fixture(scope="module", params=WITH_KERNELS + BY_TORCH)
 def bench(request: pytest.FixtureRequest, models: Path) -> Iterator[Bench]:
-    folder = models / request.param
+    name, kernels = request.param
+    folder = models / name
     if not folder.exists():
-        save_model(request.param, folder)
-    with running(fresh_base(folder), max_batch_tokens=32) as harness:
-        yield Bench(request.param, folder, Oracle(folder), harness)
+        save_model(name, folder)
+    base = fresh_base(folder, kernels=kernels)
+    assert (base.kernels is not None) == kernels
+    with running(base, max_batch_tokens=32) as harness:
+        yield Bench(name, folder, Oracle(folder), harness)
 
 
 def test_base(bench: Bench) -> None:

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from server.model.attention import AttentionBatch, BlockTable, DecodeGroup, KVPool, KVShape, PrefillChunk
+from server.kernels.ops import Kernels, kernels_for
+from server.model.attention import AttentionBatch, DecodeGroup, PrefillChunk
+from server.model.kv import BlockTable, KVPool, KVShape
 
 SIZE = 4
 BLOCKS = 96
@@ -55,9 +57,21 @@ def dense(one: Line, scale: float, window: int | None) -> torch.Tensor:
     return out
 
 
-def pool_of(kv_heads: int, dims: tuple[int, int], stale: float = 0.0) -> KVPool:
+@pytest.fixture(params=[True, False], ids=["kernels", "torch"])
+def kernels(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def built(wanted: bool, dtype: torch.dtype = torch.float32) -> Kernels | None:
+    found = kernels_for(dtype, torch.device("cpu")) if wanted else None
+    assert found is not None or not wanted, "the kernels do not compile here"
+    return found
+
+
+def pool_of(kv_heads: int, dims: tuple[int, int], kernels: bool, stale: float = 0.0) -> KVPool:
     """A pool whose blocks (all but the null block) hold what a last owner may have left."""
-    pool = KVPool({0: KVShape(kv_heads, *dims)}, BLOCKS, SIZE, torch.float32, torch.device("cpu"))
+    device = torch.device("cpu")
+    pool = KVPool({0: KVShape(kv_heads, *dims)}, BLOCKS, SIZE, torch.float32, device, built(kernels))
     for tensors in (pool.keys, pool.values):
         tensors[0][:, : BLOCKS * SIZE] = stale
     return pool
@@ -95,7 +109,7 @@ def lay_out(lines: list[Line], pool: KVPool, dice: random.Random, group: int) ->
         groups.append(
             DecodeGroup(
                 tensor([one.start for one in rows]),
-                BlockTable(tensor(table)),
+                tensor(table).int().view(len(rows), width),
                 tensor([one.context for one in rows]),
                 width * SIZE,
             )
@@ -119,7 +133,7 @@ def assert_right(lines: list[Line], out: torch.Tensor, scale: float, window: int
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 1000])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (9, 3), (4, 1), (1, 1)])
-def test_any_packed_step_is_dense_attention(heads: int, kv_heads: int, window: int | None) -> None:
+def test_any_packed_step_is_dense_attention(heads: int, kv_heads: int, window: int | None, kernels: bool) -> None:
     """Random lengths, chunks and decodes in one step, groups of uneven rows, and NaN left in every other block."""
     torch.manual_seed(heads * 10 + kv_heads)
     dice = random.Random(f"{heads} {kv_heads} {window}")
@@ -136,23 +150,23 @@ def test_any_packed_step_is_dense_attention(heads: int, kv_heads: int, window: i
             for _ in range(dice.randint(1, 8))
         ]
         scale = dice.choice([dims[0] ** -0.5, 0.2, 1.0])
-        batch = lay_out(lines, pool_of(kv_heads, dims, torch.nan), dice, group=dice.choice([1, 3, 8]))
+        batch = lay_out(lines, pool_of(kv_heads, dims, kernels, torch.nan), dice, group=dice.choice([1, 3, 8]))
         assert_right(lines, run(lines, batch, scale, window), scale, window)
 
 
 @pytest.mark.parametrize("window", [None, 6])
-def test_a_prompt_in_chunks_then_token_by_token_is_the_prompt_at_once(window: int | None) -> None:
+def test_a_prompt_in_chunks_then_token_by_token_is_the_prompt_at_once(window: int | None, kernels: bool) -> None:
     torch.manual_seed(0)
     whole = line(0, 30, 6, 2, (8, 8))
     reference = dense(whole, 0.3, window)
-    pool, blocks = pool_of(2, (8, 8), torch.nan), [40, 3, 77, 12, 5, 60, 1, 90]
+    pool, blocks = pool_of(2, (8, 8), kernels, torch.nan), [40, 3, 77, 12, 5, 60, 1, 90]
     pool.clear(tensor(blocks))
     done = 0
     for count in (5, 1, 8, 2, 7, 1, 1, 5):
         places = [blocks[at // SIZE] * SIZE + at % SIZE for at in range(done, done + count)]
         table = blocks[: -(-(done + count) // SIZE)]
         if count == 1:
-            group = DecodeGroup(tensor([0]), BlockTable(tensor(table)), tensor([done]), len(table) * SIZE)
+            group = DecodeGroup(tensor([0]), tensor(table).int()[None], tensor([done]), len(table) * SIZE)
             batch = AttentionBatch(pool, tensor(places), [group], [])
         else:
             chunk = PrefillChunk(0, count, done, BlockTable(tensor(table)))
@@ -165,16 +179,16 @@ def test_a_prompt_in_chunks_then_token_by_token_is_the_prompt_at_once(window: in
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_what_others_left_or_compute_does_not_leak(bad: float) -> None:
+def test_what_others_left_or_compute_does_not_leak(bad: float, kernels: bool) -> None:
     """One row's own numbers are not finite, in a decode group and in a chunk; all others come out to the bit."""
     torch.manual_seed(1)
     shapes = [(9, 1), (5, 1), (9, 1), (0, 6), (4, 5), (0, 6)]
     lines = [line(context, new, 4, 2, (8, 8)) for context, new in shapes]
-    clean = run(lines, lay_out(lines, pool_of(2, (8, 8)), random.Random(2), group=8), 0.4, None)
+    clean = run(lines, lay_out(lines, pool_of(2, (8, 8), kernels), random.Random(2), group=8), 0.4, None)
     for number in (1, 4, 5):
         for side in (lines[number].query, lines[number].key, lines[number].value):
             side.fill_(bad)
-    pool = pool_of(2, (8, 8), bad)
+    pool = pool_of(2, (8, 8), kernels, bad)
     dirty = run(lines, lay_out(lines, pool, random.Random(2), group=8), 0.4, None)
     for number in (0, 2, 3):
         rows = slice(lines[number].start, lines[number].start + lines[number].new)
@@ -187,7 +201,7 @@ def test_what_others_left_or_compute_does_not_leak(bad: float) -> None:
 
 
 def test_a_cleared_block_shows_nothing_and_its_neighbours_keep_theirs() -> None:
-    pool = pool_of(2, (8, 6), 3.0)
+    pool = pool_of(2, (8, 6), False, 3.0)
     pool.clear(tensor([5, 7]))
     for tensors in (pool.keys, pool.values):
         blocks = tensors[0][:, : BLOCKS * SIZE].view(2, BLOCKS, -1)
@@ -207,13 +221,15 @@ def test_layers_do_not_share_their_keys() -> None:
     assert value.sum() == 6
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_right_within_its_error(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kernels"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False)]
+)
+def test_half_precision_is_right_within_its_error(dtype: torch.dtype, kernels: bool) -> None:
     torch.manual_seed(3)
     lines = [line(context, new, 6, 2, (16, 16)) for context, new in ((11, 1), (30, 1), (0, 9), (6, 7))]
     for one in lines:
         one.query, one.key, one.value = (side.to(dtype) for side in (one.query, one.key, one.value))
-    pool = KVPool({0: KVShape(2, 16, 16)}, BLOCKS, SIZE, dtype, torch.device("cpu"))
+    pool = KVPool({0: KVShape(2, 16, 16)}, BLOCKS, SIZE, dtype, torch.device("cpu"), built(kernels, dtype))
     out = run(lines, lay_out(lines, pool, random.Random(4), group=8), 0.25, None)
     assert out.dtype == dtype
     for one in lines:

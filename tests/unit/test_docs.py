@@ -128,7 +128,7 @@ def test_figures_in_the_text_are_those_of_the_code() -> None:
 
     from server import app
     from server.api import limits, state
-    from server.engine import batch, loading
+    from server.engine import loading
     from server.lora import patterns, spec
     from server.registry.registry import Registry
 
@@ -155,6 +155,5 @@ def test_figures_in_the_text_are_those_of_the_code() -> None:
     assert f"never fewer than {app._KV_BOUNDS[0]:,}" in operations
     assert loading.PATIENCE == 2, "After two seconds"
     assert "After two seconds" in tiers
-    assert f"A run of {batch.SEGMENT} or more tokens" in lora
     assert patterns.MATCH_SECONDS == 0.25, "a quarter of a second"
     assert f"at most {patterns.MAX_COMPILED} patterns of at most {patterns.MAX_PATTERN:,} characters" in uploads

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from server.model import bundled
-from server.model.attention import KVShape, UnsupportedAttention, probe
+from server.model.attention import UnsupportedAttention, probe
 from server.model.bundled import BaseUnavailable, convert_gguf
+from server.model.kv import KVShape
 from server.model.loader import directory_digest, load_base, resolve
 from tests.families import save_model
 
@@ -70,7 +71,7 @@ def test_a_changed_bundled_file_is_refused(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_attention_that_goes_another_way_is_refused(folder: Path, tmp_path: Path) -> None:
-    base = load_base(str(folder), tmp_path, dtype="float32", device="cpu")
+    base = load_base(str(folder), tmp_path, dtype="float32", device="cpu", kernels=False)
     base.model.config._attn_implementation = "eager"
     with pytest.raises(UnsupportedAttention, match="0 of 3 layers"):
         probe(base.model)

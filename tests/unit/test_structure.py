@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
     "machine": set(),
-    "lora": BOTTOM,
-    "model": BOTTOM,
+    "kernels": set(),
+    "lora": BOTTOM | {"kernels"},
+    "model": BOTTOM | {"kernels"},
     "engine": BOTTOM | {"lora", "model"},
     "registry": BOTTOM | {"lora.weights", "lora.spec"},
     "tenants": BOTTOM,
@@ -52,7 +53,7 @@ LIGHT_MODULES = [
     "server.registry.store",
     "server.registry.sources",
 ]
-NO_WEB_LAYERS = ("core", "errors", "machine", "engine", "lora", "model", "registry", "tenants")
+NO_WEB_LAYERS = ("core", "errors", "machine", "kernels", "engine", "lora", "model", "registry", "tenants")
 FILES = sorted(SERVER.rglob("*.py"))
 
 

@@ -1,0 +1,87 @@
+"""The C++ kernels: compiled once for this machine's processor, kept in the user's cache, called through ctypes.
+
+They exist where the obvious PyTorch call was measured to be slower (docs/decisions/0006-kernels-for-the-cpu.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+log = logging.getLogger("onebase.kernels")
+
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
+# OpenMP without naming its library: torch has loaded one, and a second one would be a second pool of threads.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "linear": (_POINTER, _INT, _INT, _POINTER, _POINTER, _INT, _POINTER),
+    "lora": (_POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT),
+    "rope": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT),
+    "store_kv": (_POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, *(_INT,) * 5),
+    "decode": (
+        *(_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _POINTER, _POINTER),
+        *(_INT,) * 8,
+        *(_FLOAT, _POINTER),
+    ),
+    "rms_norm": (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT),
+    "silu_mul": (_POINTER, _POINTER, _INT),
+}
+
+
+@functools.cache
+def library(value: str) -> ctypes.CDLL | None:
+    """The kernels for a number format ("float" or "bfloat16"), compiled if need be; None where that cannot be done."""
+    try:
+        library = ctypes.CDLL(str(_compiled(value)))
+    except (OSError, subprocess.SubprocessError) as fault:
+        detail = (getattr(fault, "stderr", None) or str(fault)).strip().splitlines()
+        log.warning("no kernels of our own (%s): steps take longer", detail[0] if detail else fault)
+        return None
+    for name, types in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    library.panel_width.restype = _INT
+    return library
+
+
+def _compiled(value: str) -> Path:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise OSError("there is no g++")
+    command = [compiler, *_FLAGS, f"-DVALUE={value}", *map(str, _SOURCES)]
+    target = _cache() / f"kernels-{value}-{_fingerprint(command)}.so"
+    if not target.exists():
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several processes may do this at once
+            made = Path(folder) / target.name
+            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+            made.replace(target)
+    return target
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Changes with the sources, the compiler and the processor, for a home may be shared by several machines."""
+    whole = hashlib.sha256(repr(command).encode())
+    version = subprocess.run([command[0], "--version"], check=True, capture_output=True, timeout=60).stdout
+    whole.update(version + platform.machine().encode())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        whole.update(next((line for line in file if line.startswith(("flags", "Features"))), "").encode())
+    for path in sorted(_FOLDER.glob("*.[ch]*")):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()[:16]
+
+
+def _cache() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onebase"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder

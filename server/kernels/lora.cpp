@@ -1,0 +1,97 @@
+// y += (x A^T) B for every token by its own adapter; A [rank, in], B [rank, out], the scaling inside B.
+//
+// A token's adapter is named by the address of its table: three int64 a module, the addresses of A and B, and the rank
+// (0: the adapter does not have this module). Address 0 is the base: such a token is not touched. So nothing is copied
+// or laid out anew when the adapters of a step change, and ranks mix without padding. Tokens of one adapter follow each
+// other: each adapter is read from memory once, and four tokens at a time where there are many. A token's sums are made
+// in the same order either way.
+#include "vectors.h"
+#include <algorithm>
+#include <omp.h>
+#include <vector>
+
+namespace {
+constexpr int64_t TILE = 4;
+
+// s[t][r] = x[t] . a[r] for `tokens` tokens and 4 ranks.
+template <int tokens> void shrink(const value *x, const value *a, int64_t in, int64_t whole, float *s, int64_t rank) {
+    vfloat totals[tokens][4] = {};
+    for (int64_t i = 0; i < whole; i += LANES) {
+        vfloat rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = load(a + r * in + i);
+        for (int t = 0; t < tokens; t++) {
+            vfloat part = load(x + t * in + i);
+            for (int r = 0; r < 4; r++) totals[t][r] += part * rows[r];
+        }
+    }
+    for (int t = 0; t < tokens; t++) {
+        vquad four = sum4(totals[t]);
+        memcpy(s + t * rank, &four, sizeof(four));
+    }
+}
+
+// y[t] += s[t] [rank] times b [rank, out], for a few vectors of columns.
+template <int tokens, int vectors> void expand(const float *s, const value *b, int64_t rank, int64_t out, value *y) {
+    vfloat sums[tokens][vectors] = {};
+    for (int64_t r = 0; r < rank; r++)
+        for (int v = 0; v < vectors; v++) {
+            vfloat row = load(b + r * out + v * LANES);
+            for (int t = 0; t < tokens; t++) sums[t][v] += s[t * rank + r] * row;
+        }
+    for (int t = 0; t < tokens; t++)
+        for (int v = 0; v < vectors; v++) store(y + t * out + v * LANES, load(y + t * out + v * LANES) + sums[t][v]);
+}
+
+template <int tokens>
+void add(const value *x, const value *a, const value *b, int64_t rank, int64_t in, int64_t out, float *s, value *y) {
+    int64_t whole = in / LANES * LANES, r = 0, o = 0;
+    for (; r + 4 <= rank; r += 4) shrink<tokens>(x, a + r * in, in, whole, s + r, rank);
+    for (; r < rank; r++)
+        for (int t = 0; t < tokens; t++) dots(x + t * in, a + r * in, 1, whole, s + t * rank + r);
+    for (int t = 0; t < tokens; t++)
+        for (r = 0; r < rank; r++)
+            for (int64_t i = whole; i < in; i++) s[t * rank + r] += get(x + t * in + i) * get(a + r * in + i);
+    for (; o + 4 * LANES <= out; o += 4 * LANES) expand<tokens, 4>(s, b + o, rank, out, y + o);
+    for (; o + LANES <= out; o += LANES) expand<tokens, 1>(s, b + o, rank, out, y + o);
+    for (; o < out; o++)
+        for (int t = 0; t < tokens; t++) {
+            float total = 0;
+            for (r = 0; r < rank; r++) total += s[t * rank + r] * get(b + r * out + o);
+            set(y + t * out + o, get(y + t * out + o) + total);
+        }
+}
+} // namespace
+
+extern "C" void lora(const value *x, value *y, const int64_t *const *tables, int64_t tokens, int64_t module, int64_t in,
+                     int64_t out) {
+    auto entry = [=](int64_t t) { return tables[t] && tables[t][3 * module + 2] ? tables[t] + 3 * module : nullptr; };
+#pragma omp parallel
+    {
+        std::vector<float> s;
+        int64_t threads = omp_get_num_threads(), step = tokens >= 2 * TILE * threads ? TILE : 1;
+#pragma omp for schedule(static, 1)
+        for (int64_t first = 0; first < tokens; first += step) {
+            int64_t end = std::min(first + step, tokens), ahead = first + threads * step;
+            const int64_t *next = ahead < tokens ? entry(ahead) : nullptr;
+            for (int64_t t = first; t < end;) {
+                const int64_t *mine = entry(t);
+                if (!mine) {
+                    t++;
+                    continue;
+                }
+                int64_t rank = mine[2];
+                const value *a = (const value *)mine[0], *b = (const value *)mine[1];
+                if (next && next != mine) fetch((const void *)next[0], next[2] * in * sizeof(value));
+                if ((int64_t)s.size() < TILE * rank) s.resize(TILE * rank);
+                if (t + TILE <= end && std::count(tables + t, tables + t + TILE, tables[t]) == TILE) {
+                    add<TILE>(x + t * in, a, b, rank, in, out, s.data(), y + t * out);
+                    t += TILE;
+                } else {
+                    fetch(b, rank * out * sizeof(value));
+                    add<1>(x + t * in, a, b, rank, in, out, s.data(), y + t * out);
+                    t++;
+                }
+            }
+        }
+    }
+}

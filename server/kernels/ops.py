@@ -1,0 +1,142 @@
+"""The kernels on tensors. All of them are for contiguous CPU tensors of one number format, and check nothing."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+
+from server.kernels.library import library
+
+_VALUES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight [outs, ins] laid out for `Kernels.linear`. `bias` [outs] is float32; `addresses` are those of both."""
+
+    data: torch.Tensor
+    bias: torch.Tensor | None
+    outs: int
+    steps: int
+    addresses: tuple[int, int | None]
+
+
+def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
+    """The kernels for this number format; None for another device or format, or where nothing can be compiled."""
+    value = _VALUES.get(dtype) if device.type == "cpu" else None
+    built = library(value) if value else None
+    return Kernels(built, dtype) if built is not None else None
+
+
+class Kernels:
+    """One compiled library and its number format."""
+
+    def __init__(self, built: ctypes.CDLL, dtype: torch.dtype):
+        self._built, self.dtype = built, dtype
+        self._linear = built.linear
+        self._panel = int(built.panel_width())
+        self._per_word = 4 // dtype.itemsize
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed | None:
+        """A weight [outs, ins] in the kernel's layout; None when its rows are no whole number of 4-byte words."""
+        outs, ins = weight.shape
+        if ins % self._per_word:
+            return None
+        panels, steps = -(-outs // self._panel), ins // self._per_word
+        if panels * self._panel != outs:
+            weight = torch.cat((weight, weight.new_zeros(panels * self._panel - outs, ins)))
+        data = weight.view(panels, self._panel, steps, self._per_word).transpose(1, 2).contiguous()
+        bias = None if bias is None else bias.float().contiguous()
+        return Packed(data, bias, outs, steps, (data.data_ptr(), None if bias is None else bias.data_ptr()))
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """The weight [outs, ins] again, bit for bit."""
+        whole = packed.data.transpose(1, 2).reshape(-1, packed.steps * self._per_word)
+        return whole[: packed.outs].contiguous()
+
+    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
+        """x [..., ins] -> x W^T + bias [..., outs]. A row's result does not depend on the other rows."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], w.outs))
+        self._linear(x.data_ptr(), y.numel() // w.outs, w.steps, *w.addresses, w.outs, y.data_ptr())
+        return y
+
+    def lora(self, x: torch.Tensor, y: torch.Tensor, tables: torch.Tensor, module: int) -> None:
+        """y [tokens, out] += (x [tokens, in] A^T) B in place, A and B those of `module` in each token's table.
+
+        `tables` [tokens] int64: the address of the token's adapter table ([modules, 3] int64: A, B, rank), 0: none.
+        """
+        self._built.lora(
+            x.data_ptr(), y.data_ptr(), tables.data_ptr(), tables.shape[0], module, x.shape[-1], y.shape[-1]
+        )
+
+    def rope(self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
+        """Rotary embedding in place: query, key [tokens, heads, dim]; cosine, sine [tokens, rotary <= dim]."""
+        tokens, heads, dim = query.shape
+        self._built.rope(
+            query.data_ptr(),
+            key.data_ptr(),
+            cosine.data_ptr(),
+            sine.data_ptr(),
+            tokens,
+            heads,
+            key.shape[1],
+            dim,
+            cosine.shape[-1],
+        )
+
+    def store_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """key, value [kv_heads, tokens, dim] (dim dense) to places `slots` of the pool [kv_heads, places, dim]."""
+        self._built.store_kv(
+            *(key.data_ptr(), key.stride(1), key.stride(0)),
+            *(value.data_ptr(), value.stride(1), value.stride(0)),
+            *(keys.data_ptr(), values.data_ptr(), slots.data_ptr(), slots.shape[0]),
+            *(keys.shape[0], keys.shape[2], values.shape[2], keys.shape[1]),
+        )
+
+    def decode(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        tables: torch.Tensor,
+        positions: torch.Tensor,
+        tokens: torch.Tensor,
+        block_size: int,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of rows with one new token each, into rows `tokens` [rows] of `out` [all tokens, heads, value_dim].
+
+        query [heads, all tokens, dim] (any strides, dim dense); the pool keys, values [kv_heads, places, dim];
+        `tables` [rows, width] int32: each row's blocks; `positions` [rows]: keys 0..position are seen.
+        """
+        self._built.decode(
+            *(query.data_ptr(), query.stride(1), query.stride(0), keys.data_ptr(), values.data_ptr()),
+            *(tables.data_ptr(), tables.shape[1], positions.data_ptr(), tokens.data_ptr(), tokens.shape[0]),
+            *(query.shape[0], keys.shape[0], keys.shape[2], values.shape[2], keys.shape[1], block_size),
+            *(window or 0, scale, out.data_ptr()),
+        )
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+        """(offset + weight) * x / sqrt(mean(x^2) + eps) over the last dimension."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        dim = x.shape[-1]
+        self._built.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // dim, dim, eps, offset)
+        return y
+
+    def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """gate := silu(gate) * up, and `gate` back."""
+        self._built.silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
+        return gate

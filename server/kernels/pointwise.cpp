@@ -1,0 +1,65 @@
+// What stands between the matrix products of a gated transformer layer, each in one pass over its numbers.
+#include "vectors.h"
+#include <cmath>
+
+namespace {
+// What the number is once it has been stored.
+[[maybe_unused]] float rounded(float x, const float *) { return x; }
+[[maybe_unused]] float rounded(float x, const bfloat16 *) {
+    bfloat16 y;
+    set(&y, x);
+    return get(&y);
+}
+[[maybe_unused]] vfloat rounded(vfloat x, const float *) { return x; }
+[[maybe_unused]] vfloat rounded(vfloat x, const bfloat16 *) {
+    bfloat16 y[LANES];
+    store(y, x);
+    return load(y);
+}
+
+} // namespace
+
+// y = (offset + weight) * x / sqrt(mean(x^2) + eps) for each row (Zhang & Sennrich 2019). With offset 0 the quotient is
+// rounded before it is multiplied, as Llama's is; with offset 1 (Gemma) it is not.
+extern "C" void rms_norm(const value *x, const value *weight, value *y, int64_t rows, int64_t dim, float eps,
+                         float offset) {
+#pragma omp parallel for schedule(static) if (rows > 4)
+    for (int64_t r = 0; r < rows; r++) {
+        const value *from = x + r * dim;
+        vfloat squares[4] = {};
+        int64_t d = 0;
+        for (; d + 4 * LANES <= dim; d += 4 * LANES)
+            for (int v = 0; v < 4; v++) {
+                vfloat part = load(from + d + v * LANES);
+                squares[v] += part * part;
+            }
+        float total = sum((squares[0] + squares[1]) + (squares[2] + squares[3]));
+        for (; d < dim; d++) total += get(from + d) * get(from + d);
+        float factor = 1 / std::sqrt(total / dim + eps);
+        for (d = 0; d + LANES <= dim; d += LANES) {
+            vfloat quotient = load(from + d) * factor;
+            if (offset == 0) quotient = rounded(quotient, from);
+            store(y + r * dim + d, (load(weight + d) + offset) * quotient);
+        }
+        for (; d < dim; d++) {
+            float quotient = get(from + d) * factor;
+            if (offset == 0) quotient = rounded(quotient, from);
+            set(y + r * dim + d, (get(weight + d) + offset) * quotient);
+        }
+    }
+}
+
+// gate = silu(gate) * up; rounded in between, as two operations would.
+extern "C" void silu_mul(value *gate, const value *up, int64_t n) {
+    int64_t vectors = n / LANES;
+#pragma omp parallel for schedule(static) if (n > 4096)
+    for (int64_t i = 0; i < vectors; i++) {
+        vfloat x = load(gate + i * LANES);
+        vfloat activated = rounded(x / (1.0f + exponential(-x)), gate);
+        store(gate + i * LANES, activated * load(up + i * LANES));
+    }
+    for (int64_t i = vectors * LANES; i < n; i++) {
+        float x = get(gate + i);
+        set(gate + i, rounded(x / (1.0f + std::exp(-x)), gate) * get(up + i));
+    }
+}

@@ -1,0 +1,168 @@
+"""Each kernel against the same thing in float64, at sizes that fill a vector and sizes that do not."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from server.kernels import library
+from server.kernels.ops import Kernels, kernels_for
+from server.lora.weights import LoraPair
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # of the largest value
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    found = kernels_for(request.param, CPU)
+    assert found is not None, "the kernels do not compile here"
+    torch.manual_seed(0)
+    return found
+
+
+def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    most = float(wanted.abs().max()) * TOLERANCE[found.dtype]
+    assert float((found.double() - wanted).abs().max()) <= most
+
+
+@pytest.mark.parametrize(("outs", "ins"), [(48, 32), (49, 6), (1, 2), (192, 1100), (100, 2050)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear(kernels: Kernels, outs: int, ins: int, bias: bool) -> None:
+    weight = torch.randn(outs, ins).to(kernels.dtype)
+    shift = torch.randn(outs).to(kernels.dtype) if bias else None
+    packed = kernels.pack(weight, shift)
+    assert packed is not None
+    assert torch.equal(kernels.unpack(packed), weight)
+    for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 23, 64, 65, 130):
+        x = torch.randn(rows, ins).to(kernels.dtype)
+        wanted = x.double() @ weight.double().t() + (0 if shift is None else shift.double())
+        assert_near(kernels.linear(x, packed), wanted)
+
+
+def test_a_row_does_not_depend_on_the_others(kernels: Kernels) -> None:
+    """To the bit: an answer is the same whoever shares the batch, and a NaN stays in its row."""
+    packed = kernels.pack(torch.randn(200, 576).to(kernels.dtype), None)
+    assert packed is not None
+    x = torch.randn(70, 576).to(kernels.dtype)
+    whole = kernels.linear(x, packed)
+    for rows in (1, 3, 8, 13, 64):
+        assert torch.equal(kernels.linear(x[:rows], packed), whole[:rows])
+    x[5] = torch.nan
+    dirty = kernels.linear(x, packed)
+    assert dirty[5].isnan().all()
+    keep = [at for at in range(70) if at != 5]
+    assert torch.equal(dirty[keep], whole[keep])
+
+
+def test_what_does_not_fit_whole_words_is_not_packed() -> None:
+    narrow = kernels_for(torch.bfloat16, CPU)
+    assert narrow is not None
+    assert narrow.pack(torch.zeros(4, 7, dtype=torch.bfloat16), None) is None
+    assert kernels_for(torch.float16, CPU) is None
+    assert kernels_for(torch.float32, torch.device("meta")) is None
+
+
+def tables_of(pairs: list[list[LoraPair | None]]) -> list[torch.Tensor]:
+    """One address table an adapter."""
+    entries = [[(p.a.data_ptr(), p.b.data_ptr(), len(p.a)) if p else (0, 0, 0) for p in one] for one in pairs]
+    return [torch.tensor(one, dtype=torch.long) for one in entries]
+
+
+@pytest.mark.parametrize(("ins", "outs"), [(576, 1536), (64, 24), (37, 51), (5, 7)])
+def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs: int) -> None:
+    ranks = [[1, 0], [4, 8], [7, 3], [64, 16], [0, 5]]
+    pairs = [
+        [
+            LoraPair(torch.randn(r, ins).to(kernels.dtype), torch.randn(r, outs).to(kernels.dtype)) if r else None
+            for r in one
+        ]
+        for one in ranks
+    ]
+    tables = tables_of(pairs)
+    for owners in ([0], [-1, 2, 2, 2, 2, 2, -1, 3], [4] * 40, [0, 1, 2, 3, 4] * 5, [1] * 9 + [-1] * 3 + [3] * 22):
+        x, y = (torch.randn(len(owners), n).to(kernels.dtype) for n in (ins, outs))
+        addresses = torch.tensor([tables[owner].data_ptr() if owner >= 0 else 0 for owner in owners])
+        for module in (0, 1):
+            out = y.clone()
+            kernels.lora(x, out, addresses, module)
+            for at, owner in enumerate(owners):
+                pair = pairs[owner][module] if owner >= 0 else None
+                if pair is None:
+                    assert torch.equal(out[at], y[at]), "a token without this module is not touched"
+                    continue
+                assert_near(out[at], y[at].double() + (x[at].double() @ pair.a.double().t()) @ pair.b.double())
+                alone = y[at : at + 1].clone()
+                kernels.lora(x[at : at + 1], alone, addresses[at : at + 1].clone(), module)
+                assert torch.equal(alone[0], out[at]), "a token's result does not depend on the others"
+
+
+def test_loras_nan_stays_in_its_row(kernels: Kernels) -> None:
+    bad, good = (
+        LoraPair(torch.full((4, 64), value).to(kernels.dtype), torch.ones(4, 64).to(kernels.dtype))
+        for value in (torch.nan, 1.0)
+    )
+    tables = tables_of([[bad], [good]])
+    x, y = torch.ones(12, 64).to(kernels.dtype), torch.zeros(12, 64).to(kernels.dtype)
+    kernels.lora(x, y, torch.tensor([tables[at % 3 == 0].data_ptr() if at % 3 < 2 else 0 for at in range(12)]), 0)
+    assert y[1::3].isnan().all()
+    assert y[0::3].eq(256).all()
+    assert y[2::3].eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [16, 576, 75, 5])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(kernels: Kernels, dim: int, offset: float) -> None:
+    x, weight = (torch.randn(7, dim) * 3).to(kernels.dtype), torch.randn(dim).to(kernels.dtype)
+    wanted = x.double() * (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
+    assert_near(kernels.rms_norm(x, weight, 1e-5, offset), wanted)
+
+
+def test_silu_mul(kernels: Kernels) -> None:
+    gate = torch.cat((torch.linspace(-200, 200, 10_001), torch.tensor([0.0, -0.0, 1e30, -1e30]))).to(kernels.dtype)
+    up = torch.randn(len(gate)).to(kernels.dtype)
+    wanted = torch.nn.functional.silu(gate.double()) * up.double()
+    found = kernels.silu_mul(gate.clone(), up)
+    assert torch.allclose(found.double(), wanted, rtol=TOLERANCE[kernels.dtype], atol=1e-30)
+    gate[3] = torch.nan
+    assert kernels.silu_mul(gate, up)[3].isnan()
+
+
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 32), (10, 6)])
+def test_rope(kernels: Kernels, dim: int, rotary: int) -> None:
+    query, key = torch.randn(5, 6, dim).to(kernels.dtype), torch.randn(5, 2, dim).to(kernels.dtype)
+    angles = torch.rand(5, rotary) * 6
+    cosine, sine = angles.cos().to(kernels.dtype), angles.sin().to(kernels.dtype)
+
+    def wanted(x: torch.Tensor) -> torch.Tensor:
+        turned, rest = x.double()[..., :rotary], x.double()[..., rotary:]
+        half = torch.cat((-turned[..., rotary // 2 :], turned[..., : rotary // 2]), -1)
+        return torch.cat((turned * cosine.double()[:, None] + half * sine.double()[:, None], rest), -1)
+
+    expected = wanted(query), wanted(key)
+    kernels.rope(query, key, cosine, sine)
+    assert_near(query, expected[0])
+    assert_near(key, expected[1])
+
+
+def test_without_a_compiler_there_are_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert library.library.__wrapped__("float") is None
+    assert "there is no g++" in caplog.text
+
+
+def test_a_compiler_that_fails_is_said_once_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert library.library.__wrapped__("no_such_type") is None
+    assert "steps take longer" in caplog.text
+    assert list((tmp_path / "onebase").iterdir()) == []
