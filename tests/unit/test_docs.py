@@ -133,12 +133,11 @@ def test_figures_in_the_text_are_those_of_the_code() -> None:
     from server.registry.registry import Registry
 
     registry = inspect.signature(Registry.__init__).parameters
-    operations, tiers, lora, uploads = (
+    operations, tiers, uploads = (
         " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
         for page in (
             "operations.md",
             "decisions/0002-slot-bank-and-three-tiers.md",
-            "decisions/0003-how-lora-is-computed.md",
             "decisions/0005-reading-uploads.md",
         )
     )
