@@ -82,7 +82,7 @@ class Harness:
         return read_adapter(
             digest,
             (folder / "adapter_config.json").read_bytes(),
-            folder / "adapter_model.safetensors",
+            bytearray((folder / "adapter_model.safetensors").read_bytes()),
             self.base.info,
             self.base.dtype,
         )
