@@ -106,6 +106,7 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
         fetch=cache.get,
         emit=client.emit,
         threads=settings.threads or machine.cores(),
+        prefetch_bytes=settings.ram_cache_bytes,
     )
     longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)
     state = State(settings, base, store, registry, cache, client, longest)

@@ -48,6 +48,11 @@ class Bank:
         """Whether the adapter is resident or on its way."""
         return digest in self._slots
 
+    def awaits(self, digest: str) -> bool:
+        """Whether the adapter has a slot and is on its way there."""
+        slot = self._slots.get(digest)
+        return slot is not None and slot.weights is None
+
     def acquire(self, digest: str) -> AdapterWeights | None:
         """Takes one reference and returns the weights, or None: not here, not here yet, or being drained."""
         slot = self._slots.get(digest)
