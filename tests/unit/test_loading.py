@@ -41,13 +41,13 @@ class Jobs:
 class Loading:
     """A loader by itself. `fetched` is every fetch so far; adapters in `broken` cannot be read."""
 
-    def __init__(self, slots: int, prefetch_bytes: int = 1000):
+    def __init__(self, slots: int, prefetch_bytes: int = 1000, device: str = "cpu"):
         self.fetched: list[str] = []
         self.broken: set[str] = set()
         self.inbox: list[Loaded | Fetched] = []
         self.failed: list[Request] = []
         self.bank, self.jobs = Bank(slots), Jobs()
-        self.loader = AdapterLoader(self.bank, self.fetch, self.inbox.append, torch.device("cpu"), prefetch_bytes)
+        self.loader = AdapterLoader(self.bank, self.fetch, self.inbox.append, torch.device(device), prefetch_bytes)
         self.loader.close()
         self.loader._threads = self.jobs  # type: ignore[assignment]
         self._ids = itertools.count()
@@ -234,6 +234,24 @@ def test_early_fetches_that_find_no_slot_stay_within_the_bytes() -> None:
         one.loader.give_up(request)
         one.settle()
     assert one.ahead == []
+
+
+def test_on_another_device_only_the_second_move_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    monkeypatch.setattr(loading, "to_device", lambda weights, _: moved.append(weights.digest) or weights)
+    one = Loading(1, device="cuda")
+    running = one.request("a")
+    one.settle()
+    waiting = [one.request("b"), one.request("b")]
+    one.settle()
+    assert (one.fetched, moved) == (["a", "b"], ["a"])
+    one.loader.give_up(running)
+    one.loader.serve()
+    one.loader.serve()
+    assert len(one.jobs.waiting) == 1
+    one.settle()
+    assert all(request.ready for request in waiting)
+    assert (one.fetched, moved) == (["a", "b"], ["a", "b"])
 
 
 @settings(max_examples=150, deadline=None)
