@@ -25,6 +25,7 @@ from server.engine.scheduler import Scheduler
 from server.errors import OnebaseError
 from server.lora import cores
 from server.lora.bank import Bank
+from server.lora.eviction import order
 from server.model.loader import Base, load_base
 from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
@@ -91,7 +92,7 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
     """State and engine, not started."""
     store = Store(settings.data_dir / "adapters")
     registry = Registry(store, base.info, max_rank=settings.max_rank, dtype=base.dtype)
-    cache = AdapterCache(registry.load, settings.ram_cache_bytes)
+    cache = AdapterCache(registry.load, settings.ram_cache_bytes, order(settings.eviction))
     client = EngineClient(max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens)
     blocks = kv_tokens(settings, base) // BLOCK_SIZE
     pool = BlockPool(blocks, BLOCK_SIZE)
@@ -103,10 +104,11 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
             max_running=settings.max_running,
             prefix_cache=settings.prefix_cache,
         ),
-        Bank(settings.adapter_slots),
+        Bank(settings.adapter_slots, order(settings.eviction)),
         fetch=cache.get,
         emit=client.emit,
         threads=settings.threads or machine.cores(),
+        prefetch_bytes=settings.ram_cache_bytes // 2,  # the other half keeps what is popular
     )
     longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)
     state = State(settings, base, store, registry, cache, client, longest)

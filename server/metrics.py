@@ -57,6 +57,12 @@ class EngineCollector(Collector):
         yield CounterMetricFamily("onebase_adapter_ram_hits", "Adapters wanted on the device and found in RAM.", c.hits)
         yield CounterMetricFamily("onebase_adapter_ram_misses", "Adapters wanted on the device, not in RAM.", c.misses)
         yield CounterMetricFamily("onebase_adapter_device_loads", "Adapters that arrived on the device.", s.slot_loads)
+        prefetches = CounterMetricFamily(
+            "onebase_adapter_prefetches", "Adapters brought to RAM before their request had a slot.", labels=["outcome"]
+        )
+        for outcome in ("used", "unused", "failed"):
+            prefetches.add_metric([outcome], s.prefetches.get(outcome, 0))
+        yield prefetches
         yield CounterMetricFamily(
             "onebase_num_preemptions", "Sequences computed again for want of blocks.", s.preemptions
         )

@@ -34,8 +34,11 @@ class Settings(BaseSettings):
     auth: Literal["off"] = Field("off", description="off: everything belongs to the default tenant")
     insecure: bool = Field(False, description="allow AUTH=off on an address that others can reach")
 
-    ram_cache_bytes: int = Field(2 * GIB, ge=0, description="adapters kept in RAM, least recently used go first")
+    ram_cache_bytes: int = Field(2 * GIB, ge=0, description="adapters kept in RAM")
     adapter_slots: int = Field(32, ge=1, le=4096, description="adapters on the device at once")
+    eviction: Literal["lru", "cost"] = Field(
+        "cost", description="which goes first, in RAM and on the device: lru, or by use, size and reload cost"
+    )
     max_rank: int = Field(64, ge=1, le=4096, description="largest LoRA rank an upload may have")
     preload: Path | None = Field(None, description="directory of adapter directories, registered at start")
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="largest adapter upload")

@@ -59,6 +59,7 @@ class Harness:
         max_batch_tokens: int = 256,
         max_running: int = 64,
         prefix_cache: bool = True,
+        prefetch_bytes: int = 2**30,
     ):
         self.base = base
         self.folders: dict[str, Path] = {}
@@ -74,7 +75,15 @@ class Harness:
         )
         self.bank = Bank(slots)
         self.runner = Runner(base, blocks=blocks, block_size=block_size)
-        self.engine = Engine(self.runner, self.scheduler, self.bank, fetch=self.fetch, emit=self._emit, threads=2)
+        self.engine = Engine(
+            self.runner,
+            self.scheduler,
+            self.bank,
+            fetch=self.fetch,
+            emit=self._emit,
+            threads=2,
+            prefetch_bytes=prefetch_bytes,
+        )
 
     def fetch(self, digest: str) -> AdapterWeights:
         self.fetched.put(digest)
@@ -82,7 +91,7 @@ class Harness:
         return read_adapter(
             digest,
             (folder / "adapter_config.json").read_bytes(),
-            folder / "adapter_model.safetensors",
+            bytearray((folder / "adapter_model.safetensors").read_bytes()),
             self.base.info,
             self.base.dtype,
         )

@@ -9,12 +9,12 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from server.engine.blocks import chain_seed
 from server.engine.loading import AdapterLoader
-from server.engine.messages import Cancel, Delta, Done, Event, Loaded, Residency, Stats, Submit
+from server.engine.messages import Cancel, Delta, Done, Event, Fetched, Loaded, Residency, Stats, Submit
 from server.engine.runner import Runner
 from server.engine.sampler import Choice
 from server.engine.scheduler import Scheduler, Work
@@ -36,7 +36,8 @@ class Stop:
 
 
 class Engine:
-    """Runs until `stop`. `emit` is called on the engine's thread with the events of a step, in order."""
+    """Runs until `stop`. `emit` is called on the engine's thread with the events of a step, in order. `prefetch_bytes`
+    bounds the adapters that are held in RAM for requests without a slot."""
 
     def __init__(
         self,
@@ -47,10 +48,11 @@ class Engine:
         fetch: Callable[[str], AdapterWeights],
         emit: Callable[[list[Event]], None],
         threads: int,
+        prefetch_bytes: int,
     ):
         self._runner, self._scheduler, self._emit, self._threads = runner, scheduler, emit, threads
-        self._inbox: queue.SimpleQueue[Submit | Cancel | Loaded | Stop] = queue.SimpleQueue()
-        self._loader = AdapterLoader(bank, fetch, self._inbox.put, runner.base.device)
+        self._inbox: queue.SimpleQueue[Submit | Cancel | Loaded | Fetched | Stop] = queue.SimpleQueue()
+        self._loader = AdapterLoader(bank, fetch, self._inbox.put, runner.base.device, prefetch_bytes)
         self._requests: dict[str, Request] = {}
         self._events: list[Event] = []
         self._order = 0
@@ -67,7 +69,12 @@ class Engine:
 
     def submit(self, submit: Submit) -> None:
         """From any thread. Ends in exactly one Done."""
-        self._inbox.put(submit)
+        adapter = submit.adapter
+        if adapter is None or adapter.digest in self.stats.resident or not self._loader.may_begin(adapter.digest):
+            self._inbox.put(submit)
+            return
+        self._inbox.put(replace(submit, early=True))
+        self._loader.begin(adapter.digest)
 
     def cancel(self, request_id: str) -> None:
         """From any thread; of no effect on a request that has ended."""
@@ -130,6 +137,8 @@ class Engine:
                 request = self._requests.get(message.id)
                 if request is not None:
                     self._end(request, "cancelled")
+            elif isinstance(message, Fetched):
+                self._loader.fetched(message)
             elif isinstance(message, Loaded):
                 for request in self._loader.arrived(message):
                     self._end(request, "error", message.fault)
@@ -233,6 +242,7 @@ class Engine:
         stats.blocks_used, stats.preemptions = scheduler.pool.used, scheduler.preemptions
         stats.resident, stats.slot_bytes = bank.digests(), bank.bytes
         stats.slot_references, stats.slot_evictions, stats.slot_loads = bank.references, bank.evictions, bank.loads
+        stats.prefetches = dict(self._loader.prefetches)
         if self._events:
             events, self._events = self._events, []
             self._emit(events)

@@ -1,15 +1,22 @@
-"""Brings adapters to the device beside the step loop, and gives each request the one it waits for."""
+"""Brings adapters to the device beside the step loop, and gives each request the one it waits for.
+
+An adapter comes from disk to RAM and from there to its slot; on the CPU the second move is none. The first one does not
+wait for a slot: it begins when the request is submitted, or while it waits (prefetch).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
 import torch
 
-from server.engine.messages import Loaded, Residency
+from server.engine.messages import Fetched, Loaded, Residency
 from server.engine.sequence import Request
 from server.errors import AdapterUnavailable, OnebaseError
 from server.lora.bank import Bank
@@ -18,33 +25,64 @@ from server.lora.weights import AdapterWeights, LoraPair
 log = logging.getLogger("onebase.engine")
 
 PATIENCE = 2.0  # seconds a request waits for a slot before one is emptied for it
-_THREADS = 2
+_THREADS = 3
+_PREFETCHES = 2  # at once; a thread is left for adapters that have a slot
 
 
 class AdapterLoader:
     """Requests without their adapter wait here, in the order of arrival; none of them holds anything up.
 
-    Everything but the loading itself happens on the engine's thread, so there are no locks.
+    Everything but the loading itself and `begin` happens on the engine's thread, so there are no locks. Adapters that
+    were prefetched for requests without a slot are held here, whatever the RAM tier evicts meanwhile: `prefetch_bytes`
+    of them at most, those of the earliest requests.
     """
 
     def __init__(
         self,
         bank: Bank,
         fetch: Callable[[str], AdapterWeights],
-        post: Callable[[Loaded], None],
+        post: Callable[[Loaded | Fetched], None],
         device: torch.device,
+        prefetch_bytes: int,
     ):
         self.bank, self._fetch, self._post, self._device = bank, fetch, post, device
+        self._prefetch_bytes = prefetch_bytes
         self._lacking: dict[str, Request] = {}  # by request id, in the order of arrival
+        self._loading: set[str] = set()  # on their way to the slot they have
+        self._fetching: set[str] = set()  # on their way to RAM
+        self._ahead: dict[str, AdapterWeights] = {}  # in RAM, for requests that are lacking
+        self._spoilt: set[str] = set()  # could not be prefetched: left to the load itself
+        self._largest = 0  # bytes of an adapter
+        self._begun: set[str] = set()  # prefetches under way; changed by any thread, one atomic operation at a time
+        self._full = False  # whether somebody waits for a slot; read by other threads
+        self.prefetches: Counter[str] = Counter()  # by what came of them
         self._threads = ThreadPoolExecutor(_THREADS, "onebase-load")
+        self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(_PREFETCHES):
+            self._permits.put(None)
 
     def __len__(self) -> int:
         return len(self._lacking)
+
+    def may_begin(self, digest: str) -> bool:
+        """From any thread: whether a request about to be submitted may have its adapter fetched before the engine's
+        thread sees it, which is after the step under way. If so, `begin` must follow."""
+        if self._full or digest in self._begun or not self._permitted():
+            return False
+        self._begun.add(digest)
+        return True
+
+    def begin(self, digest: str) -> None:
+        """From any thread, after the request was handed to the engine, marked `early`."""
+        with contextlib.suppress(RuntimeError):  # the engine has ended, and the request with it
+            self._threads.submit(self._prefetch, digest)
 
     def want(self, request: Request) -> None:
         """A new request names an adapter; it is given at once if it is resident."""
         digest = request.digest
         assert digest is not None
+        if request.submit.early:
+            self._fetching.add(digest)
         request.weights = self.bank.acquire(digest)
         if request.weights is None:
             request.residency = Residency(cold=digest not in self.bank.digests())
@@ -52,40 +90,63 @@ class AdapterLoader:
 
     def give_up(self, request: Request) -> None:
         """The request has ended: its reference goes back, once."""
-        self._lacking.pop(request.submit.id, None)
+        digest = request.digest
+        if self._lacking.pop(request.submit.id, None) is not None and not self._wanted(digest):
+            assert digest is not None
+            self._spoilt.discard(digest)
+            if self._ahead.pop(digest, None) is not None:
+                self.prefetches["unused"] += 1
         if request.weights is not None:
-            assert request.digest is not None
-            self.bank.release(request.digest)
+            assert digest is not None
+            self.bank.release(digest)
             request.weights = None
 
     def serve(self) -> None:
         """Gives adapters that have come to those who wait, and starts loading where there is a slot."""
         starving, full = False, False
         for request in list(self._lacking.values()):
+            if self._give(request):
+                continue
             digest = request.digest
             assert digest is not None
-            request.weights = self.bank.acquire(digest)
-            if request.weights is not None:
-                del self._lacking[request.submit.id]
-                waited = (monotonic() - request.arrived) * 1e3
-                request.residency = Residency(request.residency.cold, waited)
-                continue
             if not self.bank.holds(digest) and not full:
                 request.residency = Residency(cold=True)  # it was here and being drained, and has gone
-                if self.bank.reserve(digest):
-                    self._threads.submit(self._load, digest)
+                full = not self.bank.reserve(digest)
+            if self.bank.awaits(digest):
+                self._load(digest)
+                if self._give(request):
                     continue
-                full = True
+            elif not self.bank.holds(digest):
+                self._look_ahead(digest)
             starving |= full and monotonic() - request.arrived > PATIENCE
+        self._full = full
+        self._trim()
         if starving:
             self.bank.drain_one()
         elif self.bank.reopen():
             self.serve()  # those who were turned away from the slot can have it now
 
+    def fetched(self, message: Fetched) -> None:
+        """A prefetch has ended. If it failed, so much the worse for it alone: the load itself will say why."""
+        digest, weights = message.digest, message.weights
+        self._fetching.discard(digest)
+        if not isinstance(weights, AdapterWeights):
+            self.prefetches["failed"] += 1
+            if self._wanted(digest):
+                self._spoilt.add(digest)
+            return
+        self._largest = max(self._largest, weights.nbytes)
+        if self._wanted(digest) and digest not in self._ahead:
+            self._ahead[digest] = weights
+        else:
+            self.prefetches["unused"] += 1
+
     def arrived(self, message: Loaded) -> list[Request]:
         """A load has ended; returns the requests that must fail with it."""
+        self._loading.discard(message.digest)
         if message.fault is None:
             assert isinstance(message.weights, AdapterWeights)
+            self._largest = max(self._largest, message.weights.nbytes)
             self.bank.fill(message.digest, message.weights)
             return []
         self.bank.abandon(message.digest)
@@ -95,9 +156,79 @@ class AdapterLoader:
         """Waits for loads under way; none is started any more."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    def _wanted(self, digest: str | None) -> bool:
+        return any(request.digest == digest for request in self._lacking.values())
+
+    def _give(self, request: Request) -> bool:
+        """Gives the request its adapter if it is on the device."""
+        digest = request.digest
+        assert digest is not None
+        request.weights = self.bank.acquire(digest)
+        if request.weights is None:
+            return False
+        del self._lacking[request.submit.id]
+        self._spoilt.discard(digest)
+        if self._ahead.pop(digest, None) is not None:  # it came on another way as well
+            self.prefetches["unused"] += 1
+        waited = (monotonic() - request.arrived) * 1e3
+        request.residency = Residency(request.residency.cold, waited)
+        return True
+
     def _load(self, digest: str) -> None:
+        """The next move of an adapter that has a slot, unless one is being made."""
+        if digest in self._loading:
+            return
+        weights = self._ahead.pop(digest, None)
+        if weights is not None:
+            self.prefetches["used"] += 1
+            if self._device.type == "cpu":  # it is where it should be
+                self.bank.fill(digest, weights)
+                return
+        elif digest in self._fetching:
+            return
+        self._loading.add(digest)
+        self._threads.submit(self._bring, digest, weights)
+
+    def _look_ahead(self, digest: str) -> None:
+        """Has the adapter brought to RAM while there is no slot, if it and all before it can be held there."""
+        if digest in self._ahead or digest in self._fetching or digest in self._spoilt:
+            return
+        coming = (len(self._fetching) + 1) * self._largest
+        if self._held() + coming <= self._prefetch_bytes and self._permitted():
+            self._fetching.add(digest)
+            self._begun.add(digest)
+            self._threads.submit(self._prefetch, digest)
+
+    def _trim(self) -> None:
+        """Those that began early are not counted beforehand: the last to come are let go."""
+        while self._held() > self._prefetch_bytes:
+            self._ahead.popitem()
+            self.prefetches["unused"] += 1
+
+    def _held(self) -> int:
+        return sum(weights.nbytes for weights in self._ahead.values())
+
+    def _permitted(self) -> bool:
         try:
-            weights = to_device(self._fetch(digest), self._device)
+            self._permits.get_nowait()
+        except queue.Empty:
+            return False
+        return True
+
+    def _prefetch(self, digest: str) -> None:
+        weights = None
+        try:
+            weights = self._fetch(digest)
+        except Exception:
+            log.debug("a prefetch failed", exc_info=True)
+        finally:
+            self._begun.discard(digest)
+            self._permits.put(None)
+            self._post(Fetched(digest, weights))
+
+    def _bring(self, digest: str, weights: AdapterWeights | None) -> None:
+        try:
+            weights = to_device(weights or self._fetch(digest), self._device)
         except OnebaseError as fault:
             self._post(Loaded(digest, None, fault))
         except Exception:  # whatever it is, the requests that wait for it must end

@@ -28,7 +28,8 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """A request: `n` sequences of the same prompt. `salt` separates tenants in the prefix cache."""
+    """A request: `n` sequences of the same prompt. `salt` separates tenants in the prefix cache. `early` is set where
+    its adapter is being fetched before the engine has seen the request."""
 
     id: str
     prompt: tuple[int, ...]
@@ -36,6 +37,7 @@ class Submit:
     sampling: Sampling
     n: int = 1
     salt: bytes = b""
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,14 @@ class Loaded:
     digest: str
     weights: object | None
     fault: OnebaseError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A prefetch has ended: the adapter is in RAM, or `weights` is None. Sent by the loader to the engine."""
+
+    digest: str
+    weights: object | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,8 @@ Event = Delta | Done
 class Stats:
     """A snapshot of the engine for /readyz and /metrics; counters only ever grow. `step_began` is when the step under
     way began, None between steps; `failed_steps` counts those that failed since the last that did not. `slot_bytes`
-    are the adapters on the device and the copies of them that the step reads side by side.
+    are the adapters on the device and the copies of them that the step reads side by side. `prefetches` counts those
+    that have ended by what came of them: "used", "unused" or "failed".
     """
 
     steps: int = 0
@@ -125,4 +136,5 @@ class Stats:
     slot_references: int = 0
     slot_evictions: int = 0
     slot_loads: int = 0
+    prefetches: dict[str, int] = field(default_factory=dict)
     outcomes: dict[str, int] = field(default_factory=dict)

@@ -1,9 +1,10 @@
-"""The device tier: a fixed number of slots, each holding one adapter, least recently used out first."""
+"""The device tier: a fixed number of slots, each holding one adapter; lora/eviction.py says which goes first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from server.lora.eviction import LeastRecent, Order, reload_cost
 from server.lora.weights import AdapterWeights
 
 
@@ -14,17 +15,16 @@ class Slot:
     digest: str
     weights: AdapterWeights | None = None
     references: int = 0
-    used: int = 0
     draining: bool = False
 
 
 class Bank:
     """Owned by the engine's thread, hence no lock. An adapter is found by its content digest and by nothing else."""
 
-    def __init__(self, slots: int):
+    def __init__(self, slots: int, order: Order | None = None):
         self.capacity = slots
         self._slots: dict[str, Slot] = {}
-        self._clock = 0
+        self._order = order or LeastRecent()
         self.loads = self.evictions = 0
 
     def __len__(self) -> int:
@@ -48,13 +48,18 @@ class Bank:
         """Whether the adapter is resident or on its way."""
         return digest in self._slots
 
+    def awaits(self, digest: str) -> bool:
+        """Whether the adapter has a slot and is on its way there."""
+        slot = self._slots.get(digest)
+        return slot is not None and slot.weights is None
+
     def acquire(self, digest: str) -> AdapterWeights | None:
         """Takes one reference and returns the weights, or None: not here, not here yet, or being drained."""
         slot = self._slots.get(digest)
         if slot is None or slot.weights is None or slot.draining:
             return None
-        self._clock += 1
-        slot.references, slot.used = slot.references + 1, self._clock
+        slot.references += 1
+        self._order.use(digest, reload_cost(slot.weights.nbytes))
         return slot.weights
 
     def release(self, digest: str) -> None:
@@ -70,17 +75,18 @@ class Bank:
             idle = [slot for slot in self._slots.values() if slot.weights and not slot.references]
             if not idle:
                 return False
-            # A draining slot was emptied for a starved request: it goes before the least recently used.
-            victim = min(idle, key=lambda slot: (not slot.draining, slot.used))
+            # A draining slot was emptied for a starved request: it goes before all others.
+            victim = min(idle, key=lambda slot: (not slot.draining, self._order.rank(slot.digest)))
             del self._slots[victim.digest]
+            self._order.leave(victim.digest)
             self.evictions += 1
-        self._clock += 1
-        self._slots[digest] = Slot(digest, used=self._clock)
+        self._slots[digest] = Slot(digest)
         return True
 
     def fill(self, digest: str, weights: AdapterWeights) -> None:
         """The reserved slot's adapter has arrived."""
         self._slots[digest].weights = weights
+        self._order.use(digest, reload_cost(weights.nbytes))
         self.loads += 1
 
     def abandon(self, digest: str) -> None:
@@ -93,7 +99,7 @@ class Bank:
         """Closes the slot with the fewest references to newcomers, so that it falls free; at most one at a time."""
         ready = [slot for slot in self._slots.values() if slot.weights]
         if ready and not any(slot.draining for slot in self._slots.values()):
-            min(ready, key=lambda slot: (slot.references, slot.used)).draining = True
+            min(ready, key=lambda slot: (slot.references, self._order.rank(slot.digest))).draining = True
 
     def reopen(self) -> bool:
         """Nobody starves any more: a slot that was being drained takes requests again. Whether there was one."""

@@ -57,6 +57,16 @@ def read_header(path: Path, *, max_tensors: int) -> dict[str, TensorEntry]:
             raw = file.read(length)
     except OSError as exc:
         raise _refuse("the file cannot be read") from exc
+    return _parse(raw, length, size, max_tensors)
+
+
+def header_of(content: memoryview, *, max_tensors: int) -> dict[str, TensorEntry]:
+    """The same for a file that is in memory."""
+    length = _header_length(bytes(content[:8]), len(content), max_tensors)
+    return _parse(bytes(content[8 : 8 + length]), length, len(content), max_tensors)
+
+
+def _parse(raw: bytes, length: int, size: int, max_tensors: int) -> dict[str, TensorEntry]:
     if len(raw) != length or not raw.startswith(b"{"):
         raise _refuse("it is not a safetensors file (no JSON header)")
     try:

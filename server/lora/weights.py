@@ -18,7 +18,7 @@ import torch
 from server.core import BaseInfo
 from server.errors import InvalidAdapter
 from server.lora.cores import one_core
-from server.lora.header import TensorEntry, read_header
+from server.lora.header import TensorEntry, header_of, read_header
 from server.lora.spec import ModuleSpec, check_base, parse_config, resolve
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -108,44 +108,66 @@ def inspect_adapter(
 
 
 @one_core()
-def read_adapter(digest: str, config: bytes, weights_path: Path, base: BaseInfo, dtype: torch.dtype) -> AdapterWeights:
-    """The tensors of a stored adapter, on the CPU in `dtype`. Raises `InvalidAdapter` if it does not fit the base."""
+def read_adapter(digest: str, config: bytes, weights: bytearray, base: BaseInfo, dtype: torch.dtype) -> AdapterWeights:
+    """The tensors of a stored adapter, on the CPU in `dtype`, from the content of its two files. They lie in one piece
+    of memory of their own. Raises `InvalidAdapter` if it does not fit the base.
+
+    A request waits for this beside a busy step loop, where every operation on a tensor may have to wait for the
+    interpreter: hence few of them, over all modules at once where that can be.
+    """
     modules = resolve(parse_config(config), base)
-    pairs = dict(_pairs(weights_path, base, modules, dtype))
+    entries = header_of(memoryview(weights), max_tensors=_most_tensors(base))
+    _check_entries(entries, base, modules)
+    keys = [_key(module, side) for module in modules for side in "AB"]
+    sizes = [math.prod(entries[key].shape) for key in keys]
+    served = torch.empty(sum(sizes), dtype=dtype)
+    pieces = iter(served.split(sizes))
+    pairs = {}
+    for module, spec in modules.items():
+        stored_a, stored_b = (_stored(weights, entries[_key(module, side)]) for side in "AB")
+        pair = LoraPair(next(pieces).view(stored_a.shape), next(pieces).view(stored_b.shape[::-1]))
+        _convert(stored_a, stored_b, spec.scaling, pair)
+        pairs[module] = pair
+    if not _finite(served):
+        for module, pair in pairs.items():
+            stored_a, stored_b = (_stored(weights, entries[_key(module, side)]) for side in "AB")
+            _check_finite(module, stored_a, stored_b, pair)
     return AdapterWeights(
         digest=digest,
         modules=pairs,
         rank=max(module.rank for module in modules.values()),
-        nbytes=sum(pair.a.nbytes + pair.b.nbytes for pair in pairs.values()),
+        nbytes=served.nbytes,
         addresses=_addresses(pairs, base),
     )
 
 
 def _addresses(pairs: Mapping[str, LoraPair], base: BaseInfo) -> torch.Tensor:
-    table = torch.zeros(len(base.linears), 3, dtype=torch.long)
-    for number, name in enumerate(base.linears):
-        if name in pairs:
-            a, b = pairs[name].a, pairs[name].b
-            assert a.is_contiguous()
-            assert b.is_contiguous()
-            table[number] = torch.tensor((a.data_ptr(), b.data_ptr(), len(a)))
-    return table
+    found = (pairs.get(name) for name in base.linears)
+    return torch.tensor([(p.a.data_ptr(), p.b.data_ptr(), len(p.a)) if p else (0, 0, 0) for p in found])
 
 
 def _pairs(
     path: Path, base: BaseInfo, modules: Mapping[str, ModuleSpec], dtype: torch.dtype
 ) -> Iterator[tuple[str, LoraPair]]:
     """Every adapted module's pair, finite as stored and as served. The names and shapes are all checked first."""
-    entries = read_header(path, max_tensors=2 * len(base.linears) + 64)
-    _check_names(entries, base, modules)
-    for module, spec in modules.items():
-        _check_shapes(entries, base, module, spec.rank)
+    entries = read_header(path, max_tensors=_most_tensors(base))
+    _check_entries(entries, base, modules)
     try:
         with path.open("rb", buffering=0) as file:
             for module, spec in modules.items():
                 yield module, _read_pair(file, entries, module, spec.scaling, dtype)
     except OSError as exc:
         raise InvalidAdapter("adapter_model.safetensors: the file cannot be read", param="weights") from exc
+
+
+def _most_tensors(base: BaseInfo) -> int:
+    return 2 * len(base.linears) + 64
+
+
+def _check_entries(entries: Mapping[str, TensorEntry], base: BaseInfo, modules: Mapping[str, ModuleSpec]) -> None:
+    _check_names(entries, base, modules)
+    for module, spec in modules.items():
+        _check_shapes(entries, base, module, spec.rank)
 
 
 def _key(module: str, side: str) -> str:
@@ -194,17 +216,35 @@ def _check_shapes(entries: Mapping[str, TensorEntry], base: BaseInfo, module: st
 def _read_pair(
     file: BinaryIO, entries: Mapping[str, TensorEntry], module: str, scaling: float, dtype: torch.dtype
 ) -> LoraPair:
-    name_a, name_b = _key(module, "A"), _key(module, "B")
-    stored_a, stored_b = _read_tensor(file, entries[name_a], name_a), _read_tensor(file, entries[name_b], name_b)
-    a = stored_a.to(dtype)
-    b = (stored_b.to(torch.float32) * scaling).to(dtype).t().contiguous()
+    stored_a, stored_b = (_read_tensor(file, entries[key], key) for key in (_key(module, "A"), _key(module, "B")))
+    pair = LoraPair(torch.empty(stored_a.shape, dtype=dtype), torch.empty(stored_b.shape[::-1], dtype=dtype))
+    _convert(stored_a, stored_b, scaling, pair)
+    _check_finite(module, stored_a, stored_b, pair)
+    return pair
+
+
+def _convert(stored_a: torch.Tensor, stored_b: torch.Tensor, scaling: float, pair: LoraPair) -> None:
+    """Fills `pair` with the served form."""
+    pair.a.copy_(stored_a)
+    pair.b.copy_((stored_b.to(torch.float32) * scaling).t())
+
+
+def _check_finite(module: str, stored_a: torch.Tensor, stored_b: torch.Tensor, pair: LoraPair) -> None:
     # Neither the cast nor the scaling makes a finite value of one that is not (even 0 x Inf is NaN), so the served
     # form is looked at first and the stored one only to say why.
-    for name, stored, served in ((name_a, stored_a, a), (name_b, stored_b, b)):
+    for side, stored, served in (("A", stored_a, pair.a), ("B", stored_b, pair.b)):
         if not _finite(served):
+            name = _key(module, side)
             reason = "overflows in the serving dtype with the scaling folded in" if _finite(stored) else "is not finite"
             raise InvalidAdapter(f"{name}: a value {reason}", param=name)
-    return LoraPair(a, b)
+
+
+def _stored(weights: bytearray, entry: TensorEntry) -> torch.Tensor:
+    """A tensor of the file as it lies in `weights`; one at an odd place is copied to where its values can be read."""
+    dtype, start = _DTYPES[entry.dtype], entry.start
+    if start % dtype.itemsize:
+        weights, start = weights[start : start + entry.nbytes], 0
+    return torch.frombuffer(weights, dtype=dtype, count=math.prod(entry.shape), offset=start).view(entry.shape)
 
 
 def _read_tensor(file: BinaryIO, entry: TensorEntry, name: str) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""The RAM tier: adapters as tensors, least recently used first out, bounded by bytes."""
+"""The RAM tier: adapters as tensors, bounded by bytes; lora/eviction.py says which goes first."""
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from server.lora.eviction import LeastRecent, Order, reload_cost
 from server.lora.weights import AdapterWeights
 
 
@@ -17,11 +17,12 @@ class AdapterCache:
     to whoever asked for them. Safe to call from several threads; no lock is held while loading.
     """
 
-    def __init__(self, load: Callable[[str], AdapterWeights], capacity_bytes: int):
+    def __init__(self, load: Callable[[str], AdapterWeights], capacity_bytes: int, order: Order | None = None):
         self._load = load
         self._capacity = capacity_bytes
         self._lock = threading.Lock()
-        self._held: OrderedDict[str, AdapterWeights] = OrderedDict()
+        self._held: dict[str, AdapterWeights] = {}
+        self._order = order or LeastRecent()
         self._loading: dict[str, Future[AdapterWeights]] = {}
         self._used = self._hits = self._misses = self._evictions = 0
 
@@ -33,7 +34,7 @@ class AdapterCache:
         with self._lock:
             held = self._held.get(digest)
             if held is not None:
-                self._held.move_to_end(digest)
+                self._use(digest, held.nbytes)
                 self._hits += 1
                 return held
             self._misses += 1
@@ -81,15 +82,20 @@ class AdapterCache:
             return
         self._forget(digest)
         while self._used + weights.nbytes > self._capacity:
-            self._forget(next(iter(self._held)))
+            self._forget(min(self._held, key=self._order.rank))
             self._evictions += 1
         self._held[digest] = weights
         self._used += weights.nbytes
+        self._use(digest, weights.nbytes)
+
+    def _use(self, digest: str, nbytes: int) -> None:
+        self._order.use(digest, reload_cost(nbytes) / max(1, nbytes))
 
     def _forget(self, digest: str) -> None:
         weights = self._held.pop(digest, None)
         if weights is not None:
             self._used -= weights.nbytes
+            self._order.leave(digest)
 
     def __len__(self) -> int:
         return len(self._held)

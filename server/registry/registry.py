@@ -187,8 +187,7 @@ class Registry:
 
     def load(self, digest: str) -> AdapterWeights:
         """Disk to tensors, hashed again. Raises `AdapterUnavailable`."""
-        stored = self._store.verify(digest)
-        return read_adapter(digest, stored.config, stored.weights_path, self._base, self._dtype)
+        return read_adapter(digest, *self._store.read(digest), self._base, self._dtype)
 
     def leases(self) -> dict[str, int]:
         """Live leases by digest."""

@@ -141,12 +141,23 @@ class Store:
         """The object, hashed again. Raises `AdapterUnavailable` when it is missing or its bytes have changed."""
         stored = self.open(digest)
         try:
-            found = digest_of(hashlib.sha256(stored.config).hexdigest(), _sha256(stored.weights_path))
+            found = digest_of(_hex(stored.config), _sha256(stored.weights_path))
         except OSError as exc:
             raise AdapterUnavailable(f"the stored adapter {digest} cannot be read") from exc
-        if found != digest:
-            raise AdapterUnavailable(f"the stored adapter {digest} is damaged: its bytes do not match its digest")
+        self._compare(digest, found)
         return stored
+
+    def read(self, digest: str) -> tuple[bytes, bytearray]:
+        """Config and weights of the object, read once and hashed. Raises `AdapterUnavailable` like `verify`."""
+        stored = self.open(digest)
+        try:
+            weights = bytearray(stored.weights_path.stat().st_size)
+            with stored.weights_path.open("rb", buffering=0) as file:
+                file.readinto(weights)
+        except OSError as exc:
+            raise AdapterUnavailable(f"the stored adapter {digest} cannot be read") from exc
+        self._compare(digest, digest_of(_hex(stored.config), _hex(weights)))
+        return stored.config, weights
 
     def exists(self, digest: str) -> bool:
         """Whether the object's directory is there, whatever is in it."""
@@ -247,6 +258,11 @@ class Store:
             temporary.unlink(missing_ok=True)
             raise
 
+    @staticmethod
+    def _compare(wanted: str, found: str) -> None:
+        if found != wanted:
+            raise AdapterUnavailable(f"the stored adapter {wanted} is damaged: its bytes do not match its digest")
+
     def _intact(self, digest: str) -> bool:
         try:
             self.verify(digest)
@@ -273,6 +289,10 @@ def _delete_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink()
+
+
+def _hex(content: bytes | bytearray) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _sha256(path: Path) -> str:

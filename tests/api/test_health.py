@@ -93,4 +93,6 @@ def test_metrics_count_what_happens(server):
     assert value("onebase_adapters_registered") == 1
     assert value("onebase_adapter_slots_used") == 1
     assert value("onebase_adapter_bytes", tier="ram") > 0
+    assert value("onebase_adapter_prefetches", outcome="used") == 1, "it began before the engine saw the request"
+    assert value("onebase_adapter_prefetches", outcome="failed") == 0
     until(lambda: value("onebase_num_requests_running") == 0)

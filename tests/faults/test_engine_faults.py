@@ -385,6 +385,28 @@ def test_a_starved_request_is_served_under_a_load_that_never_ends(
             assert outcome(harness.wait(answer)) == "finished"
 
 
+def test_a_request_that_waits_for_a_slot_has_its_adapter_in_ram_before_one_is_free(
+    folder: Path, adapters: list[Path], oracle: Oracle
+) -> None:
+    with trap(folder, slots=1) as harness:
+        pause = harness.pause_when(lambda: len(harness.scheduler.running) == 1)
+        row = harness.submit(PROMPTS[0], adapters[0], max_tokens=100)
+        with pause:
+            cold = harness.submit(PROMPTS[1], adapters[1], max_tokens=6)
+            harness.fail(adapters[2], AdapterUnavailable("its bytes do not match its digest"))
+            damaged = harness.submit(PROMPTS[2], adapters[2], max_tokens=6)
+            harness.fail(adapters[2], AdapterUnavailable("its bytes do not match its digest"))
+        until(lambda: harness.engine.stats.prefetches.get("failed"))
+        until(lambda: cold.ended.is_set() or harness.engine._loader._ahead)
+        assert not row.ended.is_set()
+        harness.faults.clear()
+        harness.fail(adapters[1], AdapterUnavailable("it was read a second time"))
+        assert_fine(oracle, harness.wait(row), PROMPTS[0], adapters[0], 100)
+        assert_fine(oracle, harness.wait(cold), PROMPTS[1], adapters[1], 6)
+        assert_fine(oracle, harness.wait(damaged), PROMPTS[2], adapters[2], 6)
+        assert harness.engine.stats.prefetches["failed"] == 1
+
+
 def test_one_slot_serves_six_adapters_in_turn(folder: Path, adapters: list[Path], oracle: Oracle) -> None:
     with trap(folder, slots=1) as harness:
         requests = [

@@ -1,12 +1,15 @@
-"""The slots: referenced adapters stay, the least recently used goes, and a starved newcomer gets one emptied."""
+"""The slots: referenced adapters stay, the order of eviction is kept, and a starved newcomer gets one emptied."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.lora.bank import Bank
+from server.lora.eviction import Policy, order
 from server.lora.weights import AdapterWeights
 
 
@@ -158,13 +161,14 @@ def test_nothing_is_drained_while_all_are_on_their_way() -> None:
     assert bank.acquire("a")
 
 
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 OPERATIONS = st.sampled_from(["acquire", "release", "reserve", "fill", "abandon", "drain", "reopen"])
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 4), st.lists(st.tuples(OPERATIONS, st.integers(0, 5)), max_size=80))
-def test_any_history_keeps_the_promises(slots: int, history: list[tuple[str, int]]) -> None:
-    bank = Bank(slots)
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 4), st.sampled_from(POLICIES), st.lists(st.tuples(OPERATIONS, st.integers(0, 5)), max_size=80))
+def test_any_history_keeps_the_promises(slots: int, policy: Policy, history: list[tuple[str, int]]) -> None:
+    bank = Bank(slots, order(policy))
     held: dict[str, int] = {}
     coming: set[str] = set()
     for operation, number in history:

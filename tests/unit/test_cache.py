@@ -1,4 +1,4 @@
-"""The RAM tier: bounded bytes, least recently used out first, one load a digest."""
+"""The RAM tier: bounded bytes, one load a digest, and by default the least recently used goes first."""
 
 import random
 import threading
@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from server.lora.eviction import order
 from server.lora.weights import AdapterWeights
 from server.registry.cache import AdapterCache
 
@@ -99,9 +100,10 @@ def test_dropped_while_loading_is_not_kept():
     assert cache.used_bytes == 0
 
 
-def test_the_bound_holds_under_threads():
+@pytest.mark.parametrize("policy", ["lru", "cost"])
+def test_the_bound_holds_under_threads(policy):
     over = []
-    cache = AdapterCache(lambda digest: weights(digest, 1 + int(digest) % 7), 25)
+    cache = AdapterCache(lambda digest: weights(digest, 1 + int(digest) % 7), 25, order(policy))
 
     def work(seed):
         chance = random.Random(seed)

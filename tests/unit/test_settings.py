@@ -24,6 +24,7 @@ def test_defaults_serve_the_bundled_base_on_loopback() -> None:
     settings = Settings()
     assert (settings.base, settings.host, settings.port, settings.auth) == ("smollm2-135m", "127.0.0.1", 8000, "off")
     assert (settings.adapter_slots, settings.max_rank, settings.ram_cache_bytes) == (32, 64, 2 * GIB)
+    assert settings.eviction == "cost"
     assert settings.max_upload_bytes == 512 * MIB
     assert (settings.base_names, settings.adapter_sources, settings.preload) == ((), (), None)
     assert settings.data_dir.is_absolute()

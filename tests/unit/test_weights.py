@@ -54,7 +54,9 @@ def test_b_is_transposed_and_scaled_in_float32(tmp_path, stored, served):
     values = tensors(BASE, ranks, dtype=stored)
     save_file(values, tmp_path / "w.safetensors")
     settings = config(target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 6}, lora_alpha=3)
-    weights = read_adapter("sha256:x", json.dumps(settings).encode(), tmp_path / "w.safetensors", BASE, served)
+    weights = read_adapter(
+        "sha256:x", json.dumps(settings).encode(), bytearray((tmp_path / "w.safetensors").read_bytes()), BASE, served
+    )
     assert list(weights.modules) == [name for name in BASE.linears if name in ranks]
     assert weights.rank == 6
     assert weights.nbytes == sum(value.numel() for value in values.values()) * served.itemsize
@@ -70,10 +72,10 @@ def test_b_is_transposed_and_scaled_in_float32(tmp_path, stored, served):
 def test_misaligned_tensors_are_read(tmp_path):
     path = write_adapter(tmp_path, BASE) / "adapter_model.safetensors"
     raw, settings = path.read_bytes(), (tmp_path / "adapter_config.json").read_bytes()
-    before = read_adapter("d", settings, path, BASE, torch.float32)
+    before = read_adapter("d", settings, bytearray(path.read_bytes()), BASE, torch.float32)
     length = int.from_bytes(raw[:8], "little")
     path.write_bytes((length + 1).to_bytes(8, "little") + raw[8 : 8 + length] + b" " + raw[8 + length :])
-    after = read_adapter("d", settings, path, BASE, torch.float32)
+    after = read_adapter("d", settings, bytearray(path.read_bytes()), BASE, torch.float32)
     assert all(torch.equal(before.modules[m].b, after.modules[m].b) for m in before.modules)
 
 
@@ -191,7 +193,7 @@ def test_a_conv1d_base_takes_a_and_b_as_peft_saves_them(tmp_path):
     settings = {**json.loads((tmp_path / "adapter_config.json").read_text()), "auto_mapping": None}
     raw, path = json.dumps(settings).encode(), tmp_path / "adapter_model.safetensors"
     assert inspect_adapter(raw, path, base, max_rank=8, dtype=torch.float32).targets == ("c_attn",)
-    pair = read_adapter("d", raw, path, base, torch.float32).modules[name]
+    pair = read_adapter("d", raw, bytearray(path.read_bytes()), base, torch.float32).modules[name]
     layer = tuned.get_submodule(f"base_model.model.{name}")
     assert torch.allclose((pair.a.t() @ pair.b), layer.get_delta_weight("default"), atol=1e-6)
 
@@ -207,7 +209,7 @@ def test_ten_megabytes_are_quick(tmp_path):
         started = time.perf_counter()
         inspect_adapter(raw, tmp_path / "w.safetensors", base, max_rank=64, dtype=torch.bfloat16)
         middle = time.perf_counter()
-        read_adapter("d", raw, tmp_path / "w.safetensors", base, torch.bfloat16)
+        read_adapter("d", raw, bytearray((tmp_path / "w.safetensors").read_bytes()), base, torch.bfloat16)
         best = [min(best[0], middle - started), min(best[1], time.perf_counter() - middle)]
     # The bars are 0.3 and 0.1 s on a quiet core; twice that here, because tests share theirs.
     assert best[0] < 0.6, best
