@@ -37,7 +37,7 @@ def floors() -> dict[str, float]:
 
 def _read() -> float:
     values = torch.ones(READ_BYTES // 4)
-    return READ_BYTES / _seconds(values.sum) / 1e9
+    return READ_BYTES / _seconds(values.amax) / 1e9  # faster than a sum
 
 
 def _stream(dtype: torch.dtype, rows: int) -> float:
