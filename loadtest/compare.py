@@ -52,6 +52,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     base = materialise()
     adapters = [Adapter(at, comparison.RANK, comparison.TARGETS) for at in range(arguments.rows)]
     paths = write(adapters, base, DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters")
+    command = f"python -m loadtest.compare --rows {arguments.rows} --prompt {arguments.prompt} --new {arguments.new}"
+    stamped = stamp(f"{command} --rounds {arguments.rounds}")  # now: files may change meanwhile
     before = floors()
     with tempfile.TemporaryDirectory() as folder:
         threads = len(os.sched_getaffinity(0))
@@ -64,9 +66,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         finally:
             for peer in peers:
                 peer.process.stop()
-    command = f"python -m loadtest.compare --rows {arguments.rows} --prompt {arguments.prompt} --new {arguments.new}"
     return {
-        **stamp(f"{command} --rounds {arguments.rounds}"),
+        **stamped,
         **{name: getattr(arguments, name) for name in ("rows", "prompt", "new")},
         "medians": {side: {case: medians(found) for case, found in all_.items()} for side, all_ in rounds.items()},
         "absent": absent,

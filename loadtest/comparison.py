@@ -125,11 +125,12 @@ def notes(report: dict[str, Any]) -> str:
         for one in found
         if "error" in one
     ]
+    made = "One round" if count == 1 else f"Medians of {count} rounds"
     moved = report["floors"]["moved"]
     warning = f" **The machine changed meanwhile, measure again: {', '.join(moved)}.**" if moved else ""
     return (
         f"SmolLM2-135M; adapters of rank {RANK} on the attention's projections; tok/s of {report['rows']} at once "
-        f"include prefill. Medians of {count} rounds, the sides taking turns in one run. transformers and PEFT compute "
+        f"include prefill. {made}, the sides taking turns in one run. transformers and PEFT compute "
         f"static batches, without a server; PEFT's is a mixed batch.{absent}{''.join(errors)}{warning} "
         f"{report['machine']}. `{report['command']}` at {report['commit']}, {report['when']}.\n"
     )

@@ -32,7 +32,7 @@ def measure(
 
     Raises BadWorkload when its file of lengths cannot be read.
     """
-    requests = plan(workload)
+    requests, stamped = plan(workload), stamp(command)
     base: Run | None = None
     with progress("warm-up", workload.warmup) as tick:
         asyncio.run(_run(target, warm(workload), replace(workload, seconds=600.0), tick, 4))
@@ -45,7 +45,7 @@ def measure(
             base = asyncio.run(_run(target, [replace(one, adapter=None) for one in requests], workload, tick))
     for_adapters = sum(trace.request.adapter is not None for trace in ours.traces)
     result = {
-        **stamp(command),
+        **stamped,
         "api": target.api,
         "workload": report.described(workload),
         **report.summary(ours, workload),
