@@ -35,7 +35,9 @@ def measure(
     requests, stamped = plan(workload), stamp(command)
     base: Run | None = None
     with progress("warm-up", workload.warmup) as tick:
-        asyncio.run(_run(target, warm(workload), replace(workload, seconds=600.0), tick, 4))
+        warmed = asyncio.run(_run(target, warm(workload), replace(workload, seconds=600.0), tick, 4))
+    if warmed.interrupted:
+        raise KeyboardInterrupt
     before = tiers.counters(target.url)
     with progress("requests", len(requests)) as tick:
         ours = asyncio.run(_run(target, requests, workload, tick))

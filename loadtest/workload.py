@@ -38,7 +38,7 @@ class Workload:
     """What is asked of a server."""
 
     arrivals: Arrivals = Field(description="when requests are sent")
-    about: str = Field("", max_length=500, description="what it is for")
+    about: str = Field("", max_length=500, description="what it is for; the title of the report")
     adapters: int = Field(0, ge=0, le=100_000, description="number of adapters; 0: every request is for the base")
     ranks: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field(
         (8,), min_length=1, max_length=64, description="their ranks, in turn"
@@ -50,7 +50,10 @@ class Workload:
     prompt_tokens: Lengths | None = Field(None, description="lengths of prompts")
     output_tokens: Lengths | None = Field(None, description="lengths of answers")
     lengths_file: str | None = Field(
-        None, description="JSON lines with `prompt_tokens` and `output_tokens`, beside this file; instead of the two"
+        None,
+        min_length=1,
+        max_length=4096,
+        description="JSON lines with `prompt_tokens` and `output_tokens`, beside this file; instead of the two",
     )
     requests: int = Field(256, ge=1, le=1_000_000, description="how many")
     seconds: float = Field(600.0, gt=0, le=86_400, description="after this nothing more is sent")
