@@ -17,7 +17,7 @@ from typing import Any
 from loadtest import comparison
 from loadtest.adapters import Adapter, write
 from loadtest.peers import llamacpp, onebase, static, vllm
-from loadtest.peers.peer import Case, NotThere, Peer, Setting, cases
+from loadtest.peers.peer import RANK, TARGETS, Case, NotThere, Peer, Setting, cases
 from loadtest.progress import Tick, bar
 from loadtest.stamp import stamp
 from server.model.bundled import DEFAULT_DATA_DIR, materialise
@@ -50,7 +50,7 @@ def main() -> None:
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Starts every side, lets them take turns, and stops them."""
     base = materialise()
-    adapters = [Adapter(at, comparison.RANK, comparison.TARGETS) for at in range(arguments.rows)]
+    adapters = [Adapter(at, RANK, TARGETS) for at in range(arguments.rows)]
     paths = write(adapters, base, DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters")
     command = f"python -m loadtest.compare --rows {arguments.rows} --prompt {arguments.prompt} --new {arguments.new}"
     stamped = stamp(f"{command} --rounds {arguments.rounds}")  # now: files may change meanwhile

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.markdown import number, table
+from loadtest.peers.peer import RANK
 from loadtest.plot import figure
 
-RANK, TARGETS = 8, "attention"
 MOVED = 0.10  # floors that differ more than this before and after: the machine was not the same
 # SmolLM2-135M: weights of the blocks' matrices, and of the head, which is the embedding.
 BLOCKS, HEAD = 106_168_320, 28_311_552
@@ -58,6 +58,9 @@ def ratios(report: dict[str, Any]) -> dict[str, float | None]:
         )
         found[f"one request, decode, {dtype}: onebase / transformers"] = _over(
             _of(report, f"onebase {dtype}", "one"), _of(report, f"transformers {dtype}", "one")
+        )
+        found[f"prefill, {dtype}: arithmetic done / what the machine's matmul does"] = _over(
+            _prefill_rate(report, f"onebase {dtype}"), report["floors"]["before"][f"matmul {dtype} 256 rows GFLOP/s"]
         )
     ours = [f"onebase {dtype}" for dtype in BYTES]
     servers = ["llama.cpp float16", "vLLM bfloat16"]
@@ -155,6 +158,12 @@ def _of(report: dict[str, Any], side: str, case: str) -> float | None:
     figures = report["medians"].get(side, {}).get(case, {})
     value: float | None = figures.get("decode_tokens_per_s" if case == "one" else "tokens_per_s")
     return value
+
+
+def _prefill_rate(report: dict[str, Any], side: str) -> float | None:
+    """GFLOP/s of the weights' products; attention's own are left out, and the head works for the last token only."""
+    seconds = report["medians"].get(side, {}).get("prefill", {}).get("seconds")
+    return 2e-9 * report["rows"] * (report["prompt"] * BLOCKS + HEAD) / seconds if seconds else None
 
 
 def _best(report: dict[str, Any], sides: list[str], case: str) -> float | None:

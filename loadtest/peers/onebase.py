@@ -34,7 +34,7 @@ def serve(folder: Path, **settings: object) -> tuple[Process, str]:
 def start(setting: Setting, dtype: str) -> tuple[Served]:
     """A server with the adapters registered. Raises NotThere."""
     slots = len(setting.adapters)
-    process, url = serve(setting.folder / f"onebase-{dtype}", dtype=dtype, adapter_slots=slots)
+    process, url = serve(setting.folder / f"onebase-{dtype}", device="cpu", dtype=dtype, adapter_slots=slots)
     try:
         with httpx.Client(base_url=url, timeout=120) as http:
             for path in setting.adapters:

@@ -16,6 +16,7 @@ from loadtest.workload import Request
 
 Figures: TypeAlias = dict[str, float]
 START_SECONDS = 600.0
+RANK, TARGETS = 8, "attention"  # of every adapter
 
 
 class NotThere(Exception):
@@ -29,15 +30,22 @@ class Case:
     key: str
     rows: int
     adapters: bool
+    most: int | None = None  # tokens out, where they are bounded
 
     def requests(self, prompt: int, new: int, seed: int) -> list[Request]:
         """The same for every side; another seed gives other prompts, so that no prefix cache helps."""
+        new = min(new, self.most or new)
         return [Request(at, None, at if self.adapters else None, prompt, new, seed) for at in range(self.rows)]
 
 
 def cases(rows: int) -> tuple[Case, ...]:
-    """The rows of the table."""
-    return (Case("adapters", rows, True), Case("base", rows, False), Case("one", 1, False))
+    """What every side that can is asked for."""
+    return (
+        Case("adapters", rows, True),
+        Case("base", rows, False),
+        Case("one", 1, False),
+        Case("prefill", rows, False, most=1),
+    )
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from loadtest.dialects import OpenAI
-from loadtest.peers.peer import NotThere, Process, Setting
+from loadtest.peers.peer import RANK, NotThere, Process, Setting
 from loadtest.peers.served import Served, answers, free_port
 
 KV_GIB = 2
@@ -22,7 +22,7 @@ def start(setting: Setting, folder: Path, dtype: str = "bfloat16") -> tuple[Serv
     command = [str(program), "serve", str(setting.base), "--served-model-name", BASE, "--dtype", dtype]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", str(setting.context), "--max-num-seqs", str(rows), "--no-enable-prefix-caching"]
-    command += ["--enable-lora", "--max-loras", str(rows), "--max-cpu-loras", str(rows), "--max-lora-rank", "8"]
+    command += ["--enable-lora", "--max-loras", str(rows), "--max-cpu-loras", str(rows), "--max-lora-rank", str(RANK)]
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}",
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),

@@ -36,6 +36,7 @@ REPORT: dict[str, Any] = {
             "adapters": {"tokens_per_s": 300.0, "ttft_ms": 900.0},
             "base": {"tokens_per_s": 320.0},
             "one": {"tokens_per_s": 30.0, "decode_tokens_per_s": 60.0, "ttft_ms": 50.0},
+            "prefill": {"seconds": 4.0},
         },
         "transformers bfloat16": {"base": {"tokens_per_s": 100.0}, "one": {"decode_tokens_per_s": 20.0}},
         "PEFT float32": {"adapters": {"tokens_per_s": 50.0}},
@@ -58,6 +59,9 @@ def test_ratios_are_those_of_the_bars() -> None:
     assert found["base: onebase / best peer of 16-bit weights"] == 2
     assert found["one request, decode: onebase / llama.cpp"] == pytest.approx(0.6)
     assert found["one request, decode, bfloat16: onebase / transformers"] == 3
+    flop = 2 * 16 * (128 * comparison.BLOCKS + comparison.HEAD)
+    done = found["prefill, bfloat16: arithmetic done / what the machine's matmul does"]
+    assert done == pytest.approx(flop / 4.0 / 200e9)
 
 
 def test_the_floor_is_the_bytes_of_each_step_and_the_arithmetic_of_the_prefill() -> None:
@@ -111,7 +115,8 @@ def test_medians_leave_failures_out() -> None:
 
 
 def test_requests_are_the_same_for_every_side_and_new_in_every_round() -> None:
-    adapters, base, one = cases(4)
+    adapters, base, one, prefill = cases(4)
+    assert {request.output_tokens for request in prefill.requests(8, 4, 1)} == {1}
     assert [request.adapter for request in adapters.requests(8, 4, 1)] == [0, 1, 2, 3]
     assert {request.adapter for request in base.requests(8, 4, 1)} == {None}
     assert len(one.requests(8, 4, 1)) == 1
