@@ -26,6 +26,10 @@ PAGE = 1000
 AT_ONCE = 2
 
 
+class UnfitBase(ValueError):
+    """The base has none of the modules that the adapters are to change."""
+
+
 @dataclass(frozen=True)
 class Adapter:
     """One adapter of a workload. The name says everything that its bytes follow from, but for the base."""
@@ -77,7 +81,7 @@ def of(workload: Workload) -> list[Adapter]:
 def shapes(base: Path, targets: str) -> dict[str, tuple[int, int]]:
     """(out, in) of each target module, read from the headers of the base's safetensors files.
 
-    Raises ValueError when the base has no module of that name.
+    Raises UnfitBase when the base has no module of that name.
     """
     found = {}
     for path in sorted(base.glob("*.safetensors")):
@@ -88,7 +92,7 @@ def shapes(base: Path, targets: str) -> dict[str, tuple[int, int]]:
                     out, into = tensors.get_slice(key).get_shape()
                     found[module] = (out, into)
     if not found:
-        raise ValueError(f"no safetensors file of {base.name} has a {' or '.join(TARGETS[targets])}")
+        raise UnfitBase(f"no safetensors file of {base.name} has a {' or '.join(TARGETS[targets])}")
     return found
 
 

@@ -106,9 +106,12 @@ def _prepare(url: str, api: str, workload: Any, base: Path | None) -> int:
 def _base(given: Path | None) -> Path:
     if given is not None:
         return given
-    from server.model.bundled import materialise
+    from server.model.bundled import BaseUnavailable, materialise
 
-    return materialise()
+    try:
+        return materialise()
+    except BaseUnavailable as fault:
+        raise _failed(f"{fault}; give --base") from None
 
 
 def _load(name: str, given: dict[str, Any]) -> Any:
@@ -135,12 +138,13 @@ def _faults() -> Iterator[None]:
     """What a user can cause is said on stderr, without a traceback."""
     import httpx
 
+    from loadtest.adapters import UnfitBase
     from loadtest.dialects import UnknownServer
     from loadtest.workload import BadWorkload
 
     try:
         yield
-    except (BadWorkload, ValueError) as fault:
+    except (BadWorkload, UnfitBase) as fault:
         raise _failed(str(fault), 2) from None
     except (httpx.HTTPError, httpx.InvalidURL, UnknownServer, OSError) as fault:
         raise _failed(str(fault) or type(fault).__name__) from None

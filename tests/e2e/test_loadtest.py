@@ -131,6 +131,7 @@ def test_unknown_adapters_are_counted_and_nothing_finished_is_a_failure(server: 
         (("--requests", "0"), 2, "requests"),
         (("--url", "http://127.0.0.1:9"), 1, "refused"),
         (("--api", "openai", "--prepare"), 2, "uploaded to onebase only"),
+        (("--prepare", "--base", str(ROOT / "docs")), 2, "no safetensors file of docs"),
     ],
 )
 def test_what_a_user_gets_wrong_is_said(

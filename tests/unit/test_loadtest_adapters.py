@@ -66,5 +66,5 @@ def test_written_ones_stay(base: Path, tmp_path: Path) -> None:
 
 def test_a_base_without_such_modules_is_refused(tmp_path: Path) -> None:
     base = save_model("gpt2", tmp_path / "gpt2")
-    with pytest.raises(ValueError, match="q_proj"):
+    with pytest.raises(adapters.UnfitBase, match="q_proj"):
         adapters.shapes(base, "attention")
