@@ -131,7 +131,6 @@ def test_unknown_adapters_are_counted_and_nothing_finished_is_a_failure(server: 
         (("--requests", "0"), 2, "requests"),
         (("--url", "http://127.0.0.1:9"), 1, "refused"),
         (("--api", "openai", "--prepare"), 2, "uploaded to onebase only"),
-        (("--prepare", "--base", str(ROOT / "docs")), 2, "no safetensors file of docs"),
     ],
 )
 def test_what_a_user_gets_wrong_is_said(
@@ -141,6 +140,13 @@ def test_what_a_user_gets_wrong_is_said(
     assert result.exit_code == status
     assert word in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_base_that_does_not_fit_is_said(server: Server, tmp_path: Path) -> None:
+    file = workload(tmp_path, ranks=[3])
+    result = command(app, "prepare", "--url", server.url, "--workload", file, "--base", ROOT / "docs")
+    assert result.exit_code == 2
+    assert "no safetensors file of docs has a q_proj" in result.output
 
 
 def test_ctrl_c_writes_the_report_of_what_was_done(server: Server, tmp_path: Path) -> None:
