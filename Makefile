@@ -36,6 +36,7 @@ format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Peers other than PEFT take part when they are installed: loadtest/peers/setup.sh.
 bench: setup
 	$(BIN)/python -m loadtest.compare
 	$(BIN)/python -m docs.generate # the README's table is made of the results

@@ -12,13 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from loadtest import arrivals, comparison, lengths, popularity, workload
 from server import errors
 from server.api.schemas import GenerateRequest, Message, Rollback, Source
 from server.settings import GIB, MIB, Settings
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "loadtest" / "results"
-PAGES = (DOCS / "operations.md", DOCS / "api.md", DOCS.parent / "README.md")
+PAGES = (DOCS / "operations.md", DOCS / "api.md", DOCS / "loadtest.md", DOCS.parent / "README.md")
 _TABLE = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- generated:end -->)", re.DOTALL)
 
 # What a field of a request means; its type, default and bounds come from the schema.
@@ -86,21 +89,43 @@ def errors_table() -> str:
     return _markdown(("status", "type", "code", "when"), rows)
 
 
+def workload_table() -> str:
+    """One row a field of a workload's file, then those of its objective."""
+    schema = TypeAdapter(workload.Workload).json_schema()
+    rows = [_of_workload(name, prop, schema) for name, prop in schema["properties"].items()]
+    objective = schema["$defs"]["Objective"]
+    rows += [_of_workload(f"slo.{name}", prop, objective, name) for name, prop in objective["properties"].items()]
+    return _markdown(("field", "type and bounds", "default", "meaning"), rows)
+
+
+def laws_table() -> str:
+    """One row a kind of arrivals, popularity and length."""
+    kinds = (
+        ("arrivals", (arrivals.Closed, arrivals.Gamma)),
+        ("popularity", (popularity.Zipf, popularity.Power, popularity.Identical, popularity.Distinct,
+                        popularity.Uniform, popularity.Geometric)),
+        ("lengths", (lengths.Fixed, lengths.Between)),
+    )  # fmt: skip
+    rows = []
+    for what, classes in kinds:
+        for one in classes:
+            fields = TypeAdapter(one).json_schema()["properties"]
+            kind = fields.pop("kind")["const"]
+            own = "; ".join(f"`{name}`: {prop['description']}, {_kind(prop)}" for name, prop in fields.items())
+            rows.append((what, f"`{kind}`", own or "-", " ".join((one.__doc__ or "").split()).rstrip(".")))
+    return _markdown(("of", "kind", "its fields", "what it is"), rows)
+
+
+def shipped_table() -> str:
+    """One row a shipped workload."""
+    rows = [(f"`{name}`", workload.load(name).about) for name in workload.shipped()]
+    return _markdown(("name", "what it is"), rows)
+
+
 def measured_table() -> str:
     """What the committed results of `make bench` and of `loadtest.thousand` say."""
-    compared = [json.loads((RESULTS / f"compare-{dtype}.json").read_text()) for dtype in ("float32", "bfloat16")]
-    rates = [one["tokens_per_s"] for one in compared]
-    rows = [
-        ("PEFT, mixed batch of 16 adapters (static, no server)", *(f"{rate['peft']:.0f}" for rate in rates)),
-        (
-            "onebase over HTTP, 16 adapters",
-            *(f"**{one['tokens_per_s']['onebase']:.0f}** ({one['ratio_to_peft']:.1f}x)" for one in compared),
-        ),
-        ("onebase over HTTP, the base alone", *(f"{rate['onebase base']:.0f}" for rate in rates)),
-    ]
-    head = ("16 requests at once, 128 tokens in, 128 out: tokens/s, prefill included", "float32", "bfloat16")
-    made = "; ".join(f"`{one['command']}` at {one['commit']}" for one in compared)
-    return f"{_markdown(head, rows)}\n{compared[0]['machine']}. SmolLM2-135M, rank 8. {made}.\n\n{_thousand()}"
+    report = json.loads((RESULTS / "compare.json").read_text())
+    return f"{comparison.measured(report)}\n{comparison.notes(report)}\n{_thousand()}"
 
 
 def _thousand() -> str:
@@ -121,6 +146,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "bodies": bodies_table,
     "errors": errors_table,
     "measured": measured_table,
+    "workload": workload_table,
+    "laws": laws_table,
+    "shipped": shipped_table,
 }
 
 
@@ -144,8 +172,17 @@ def _fields(model: Any, prefix: str = "") -> list[tuple[str, ...]]:
     ]
 
 
+def _of_workload(shown: str, prop: dict[str, Any], schema: dict[str, Any], name: str = "") -> tuple[str, ...]:
+    required = (name or shown) in schema["required"]
+    value = prop.get("default")
+    default = "none" if value is None or value == "" else f"`{json.dumps(value)}`"
+    return (f"`{shown}`", _kind(prop), "required" if required else default, prop["description"])
+
+
 def _kind(prop: dict[str, Any]) -> str:
     """A JSON schema in words, every bound included."""
+    if "discriminator" in prop:
+        return "table with `kind` " + ", ".join(f"`{one}`" for one in sorted(prop["discriminator"]["mapping"]))
     if branches := prop.get("anyOf") or prop.get("oneOf"):
         return " or ".join(_kind(one) for one in branches)
     if "$ref" in prop:
@@ -153,6 +190,8 @@ def _kind(prop: dict[str, Any]) -> str:
     if "enum" in prop:
         return " or ".join(f"`{one}`" for one in prop["enum"])
     kind = prop["type"]
+    if "prefixItems" in prop:
+        return f"list of {len(prop['prefixItems'])}: {_kind(prop['prefixItems'][0])}"
     if kind == "array":
         size = _between(prop.get("minItems"), prop.get("maxItems"))
         return f"list of {size}: {_kind(prop['items'])}"

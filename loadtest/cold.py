@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
-from safetensors.torch import load_file, save_file
+import numpy as np
 
-from loadtest.client import quantile
-from loadtest.compare import RESULTS, _commit, link_models, machine
-from loadtest.service import put, serving
-from loadtest.workload import make_adapters, prompts
-from server.model.bundled import DEFAULT_DATA_DIR, materialise
+from loadtest import adapters
+from loadtest.adapters import Adapter
+from loadtest.compare import RESULTS
+from loadtest.peers.onebase import serve
+from loadtest.stamp import stamp
+from server.model.bundled import materialise
 
 LENGTH = 64
 STREAMS = 15
@@ -46,27 +46,26 @@ def main() -> None:
 def measure(count: int) -> dict[str, Any]:
     """One server, both parts; times in milliseconds."""
     base = materialise()
-    template = make_adapters(base, DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters", 1, rank=RANK)[0]
+    needed = [Adapter(at, RANK, "attention") for at in range(2 * count + STREAMS)]
     with tempfile.TemporaryDirectory() as data:
-        link_models(Path(data))
-        settings = {"data_dir": data, "adapter_slots": 2 * count + STREAMS, "ram_cache_bytes": 0, "dtype": "float32"}
-        with serving(Path(data) / "log", **settings) as server:
-            names = _register(server.url, template, Path(data), 2 * count + STREAMS)
-            parts = asyncio.run(_parts(server.url, names))
-        return {
-            "when": time.strftime("%Y-%m-%d"),
-            "commit": _commit(),
-            "command": f"python -m loadtest.cold --adapters {count}",
-            "machine": machine(),
-            "adapter_bytes": (Path(data) / "upload" / "adapter_model.safetensors").stat().st_size,
-            **parts,
-        }
+        settings = {"adapter_slots": len(needed), "ram_cache_bytes": 0, "dtype": "float32"}
+        process, url = serve(Path(data) / "server", **settings)
+        try:
+            adapters.register(url, needed, base)
+            parts = asyncio.run(_parts(url, [adapter.name for adapter in needed]))
+        finally:
+            process.stop()
+    return {
+        **stamp(f"python -m loadtest.cold --adapters {count}"),
+        "adapter_bytes": len(needed[0].weights(base)),
+        **parts,
+    }
 
 
 async def _parts(url: str, names: list[str]) -> dict[str, Any]:
     busy, idle, loaded = names[:STREAMS], names[STREAMS::2], names[STREAMS + 1 :: 2]
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=httpx.Limits(max_connections=64)) as client:
-        for name, prompt in zip(busy[:3], prompts(3, LENGTH, 1), strict=True):
+        for name, prompt in zip(busy[:3], _prompts(3, 1), strict=True):
             await _ask(client, name, prompt)  # warm
         alone = await _part(client, idle, 2)
         async with _streams(client, busy):
@@ -75,7 +74,7 @@ async def _parts(url: str, names: list[str]) -> dict[str, Any]:
 
 async def _part(client: httpx.AsyncClient, names: list[str], seed: int) -> dict[str, Any]:
     added, first, second, loads = [], [], [], []
-    asked = prompts(2 * len(names), LENGTH, seed)
+    asked = _prompts(2 * len(names), seed)
     for at, name in enumerate(names):
         cold, residency = await _ask(client, name, asked[2 * at])
         if not residency["cold"]:
@@ -90,11 +89,11 @@ async def _part(client: httpx.AsyncClient, names: list[str], seed: int) -> dict[
     return {
         "first_uses": len(names),
         "added_p50_ms": round(statistics.median(added), 1),
-        "added_p90_ms": round(quantile(added, 0.9), 1),
+        "added_p90_ms": round(float(np.quantile(added, 0.9)), 1),
         "first_p50_ms": round(statistics.median(first), 1),
         "second_p50_ms": round(statistics.median(second), 1),
         "waited_for_adapter_p50_ms": round(statistics.median(loads), 1),
-        "waited_for_adapter_p90_ms": round(quantile(loads, 0.9), 1),
+        "waited_for_adapter_p90_ms": round(float(np.quantile(loads, 0.9)), 1),
     }
 
 
@@ -118,7 +117,7 @@ async def _streams(client: httpx.AsyncClient, names: list[str]) -> AsyncIterator
             async for _ in response.aiter_lines():
                 first.set()
 
-    jobs = zip(names, prompts(len(names), LENGTH, 4), begun, strict=True)
+    jobs = zip(names, _prompts(len(names), 4), begun, strict=True)
     tasks = [asyncio.create_task(read(*job)) for job in jobs]
     try:
         await asyncio.gather(*(event.wait() for event in begun))
@@ -131,19 +130,9 @@ async def _streams(client: httpx.AsyncClient, names: list[str]) -> AsyncIterator
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _register(url: str, template: Path, data: Path, count: int) -> list[str]:
-    tensors = load_file(template / "adapter_model.safetensors")
-    folder = data / "upload"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_bytes((template / "adapter_config.json").read_bytes())
-    names = []
-    for at in range(count):
-        torch.manual_seed(at)
-        changed = {key: (tensor + 0.001 * torch.randn(len(tensor), 1)).half() for key, tensor in tensors.items()}
-        save_file(changed, folder / "adapter_model.safetensors")
-        names.append(f"cold-{at:03d}")
-        put(url, names[-1], folder)
-    return names
+def _prompts(count: int, seed: int) -> list[list[int]]:
+    """Random token ids, no two alike, so that no cache helps."""
+    return np.random.default_rng(seed).integers(100, 40_000, (count, LENGTH)).tolist()
 
 
 if __name__ == "__main__":

@@ -1,159 +1,141 @@
-"""`make bench`: 16 streams over 16 adapters, onebase over HTTP against PEFT's mixed batch, turn by turn in one run."""
+"""`make bench`: onebase beside every peer that is installed, the same requests, turn by turn in one run."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from loadtest.client import at_once
-from loadtest.service import put, serving
-from loadtest.workload import make_adapters, prompts
+from loadtest import comparison
+from loadtest.adapters import Adapter, write
+from loadtest.peers import llamacpp, onebase, static, vllm
+from loadtest.peers.peer import RANK, TARGETS, Case, NotThere, Peer, Setting, cases
+from loadtest.progress import Tick, bar
+from loadtest.stamp import stamp
 from server.model.bundled import DEFAULT_DATA_DIR, materialise
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = Path(os.environ.get("PEERS_DIR", "~/.cache/onebase-peers")).expanduser()
+SIDES = ("onebase", "transformers", "llama.cpp", "vllm")
+DTYPES = ("float32", "bfloat16")
+WARM_TOKENS = 4
 
 
 def main() -> None:
-    """Writes `results/compare-<dtype>.json` and `.md`, and prints the table."""
+    """Writes `compare.json`, `compare.md` and `compare.png`, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--rows", type=int, default=16, help="requests at once")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens in")
+    parser.add_argument("--new", type=int, default=128, help="tokens out")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sides", nargs="*", default=list(SIDES), choices=SIDES)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
     arguments = parser.parse_args()
     report = compare(arguments)
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / f"compare-{arguments.dtype}"
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(table(report))
-    print(table(report))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "compare.json").write_text(json.dumps(report, indent=2) + "\n")
+    (arguments.out / "compare.md").write_text(comparison.page(report))
+    comparison.plot(report, arguments.out / "compare.png")
+    print(comparison.page(report))
 
 
 def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs both sides alternately; only one of them computes at a time."""
+    """Starts every side, lets them take turns, and stops them."""
     base = materialise()
-    folder = DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters"
-    adapters = make_adapters(base, folder, arguments.rows)
-    sides: dict[str, list[dict[str, float]]] = {"peft": [], "onebase": [], "onebase base": []}
-    with tempfile.TemporaryDirectory() as data:
-        link_models(Path(data))
-        with (
-            serving(Path(data) / "log", data_dir=data, dtype=arguments.dtype, adapter_slots=arguments.rows) as server,
-            _Peft(base, folder, arguments.dtype) as peft,
-        ):
-            for path in adapters:
-                put(server.url, path.name, path)
-            names = [path.name for path in adapters]
-            _onebase(server.url, names, arguments, 0, 4)  # brings every adapter to the device
-            peft.run(arguments, 0, 4)
-            for round_ in range(1, arguments.rounds + 1):
-                sides["peft"].append(peft.run(arguments, round_, arguments.new))
-                sides["onebase"].append(_onebase(server.url, names, arguments, round_, arguments.new))
-                sides["onebase base"].append(_onebase(server.url, [None], arguments, 100 + round_, arguments.new))
-    medians = {side: statistics.median(one["tokens_per_s"] for one in rounds) for side, rounds in sides.items()}
+    adapters = [Adapter(at, RANK, TARGETS) for at in range(arguments.rows)]
+    paths = write(adapters, base, DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters")
+    command = f"python -m loadtest.compare --rows {arguments.rows} --prompt {arguments.prompt} --new {arguments.new}"
+    stamped = stamp(f"{command} --rounds {arguments.rounds}")  # now: files may change meanwhile
+    before = floors()
+    with tempfile.TemporaryDirectory() as folder:
+        threads = len(os.sched_getaffinity(0))
+        context = arguments.prompt + arguments.new + 16
+        setting = Setting(base, paths, Path(folder), threads, context)
+        peers: list[Peer] = []
+        try:
+            absent = start(setting, arguments.sides, peers)
+            rounds = take_turns(peers, arguments)
+        finally:
+            for peer in peers:
+                peer.process.stop()
     return {
-        "when": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "command": f"python -m loadtest.compare --dtype {arguments.dtype} --rows {arguments.rows} "
-        f"--prompt {arguments.prompt} --new {arguments.new} --rounds {arguments.rounds}",
-        "machine": machine(),
-        "dtype": arguments.dtype,
-        "rows": arguments.rows,
-        "prompt": arguments.prompt,
-        "new": arguments.new,
-        "tokens_per_s": medians,
-        "ratio_to_peft": medians["onebase"] / medians["peft"],
-        "adapters_over_base": medians["onebase"] / medians["onebase base"],
-        "rounds": sides,
+        **stamped,
+        **{name: getattr(arguments, name) for name in ("rows", "prompt", "new")},
+        "medians": {side: {case: medians(found) for case, found in all_.items()} for side, all_ in rounds.items()},
+        "absent": absent,
+        "floors": comparison.compare_floors(before, floors()),
+        "rounds": rounds,
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    rates = report["tokens_per_s"]
-    rows, prompt, new = report["rows"], report["prompt"], report["new"]
-    return (
-        f"| {rows} requests at once, {report['dtype']}, {prompt} tokens in, {new} out | tokens/s, prefill included |\n"
-        "|---|---:|\n"
-        f"| PEFT, mixed batch of {rows} adapters (static, no server) | {rates['peft']:.0f} |\n"
-        f"| onebase over HTTP, {rows} adapters | **{rates['onebase']:.0f}** ({report['ratio_to_peft']:.1f}x PEFT) |\n"
-        f"| onebase over HTTP, the base only | {rates['onebase base']:.0f} |\n\n"
-        f"Adapters: rank 8 on the attention's projections. Medians of {len(report['rounds']['peft'])} rounds, "
-        f"the sides taking turns in one run.\nMachine: {report['machine']}.\nCommand: `{report['command']}` "
-        f"(commit {report['commit']}, {report['when']}).\n"
-    )
+def start(setting: Setting, sides: list[str], peers: list[Peer]) -> dict[str, str]:
+    """Starts what is asked for, pauses it and adds it to `peers`; returns which are not there, and why."""
+    starters: list[tuple[str, str, Callable[[], Sequence[Peer]]]] = []
+    for dtype in DTYPES:
+        starters.append(("onebase", f"onebase {dtype}", partial(onebase.start, setting, dtype)))
+        starters.append(("transformers", f"PEFT {dtype}", partial(static.start, setting, dtype)))
+    starters.append(("llama.cpp", "llama.cpp float16", partial(llamacpp.start, setting, PEERS)))
+    starters.append(("vllm", "vLLM bfloat16", partial(vllm.start, setting, PEERS)))
+    absent: dict[str, str] = {}
+    with bar("start", len(starters)) as tick:
+        for side, name, begin in starters:
+            try:
+                for peer in begin() if side in sides else ():
+                    peers.append(peer)
+                    peer.process.pause()
+            except NotThere as fault:
+                absent[name] = str(fault)
+            tick()
+    return absent
 
 
-def machine() -> str:
-    """Processor, cores and library versions, without names."""
-    model = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") as file:
-        model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), model)
-    return f"{os.cpu_count()} cores of {model}, torch {torch.__version__}, Python {platform.python_version()}"
+def take_turns(peers: list[Peer], arguments: argparse.Namespace) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Figures by side and case, one set a round. One side computes at a time, and each round begins with another."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {f"{peer.name} {peer.dtype}": {} for peer in peers}
+    turns = [(case, peer) for case in cases(arguments.rows) for peer in peers if peer.can(case)]
+    with bar("turns", len(turns) * (arguments.rounds + 1)) as tick:
+        for number in range(arguments.rounds + 1):
+            for at, case in enumerate(cases(arguments.rows)):
+                shifted = peers[number % len(peers) :] + peers[: number % len(peers)]
+                for peer in (one for one in shifted if one.can(case)):
+                    new = arguments.new if number else min(WARM_TOKENS, arguments.new)  # round 0 warms up
+                    figures = turn(peer, case, arguments.prompt, new, 10 * number + at, tick)
+                    if number:
+                        found[f"{peer.name} {peer.dtype}"].setdefault(case.key, []).append(figures)
+    return found
 
 
-class _Peft:
-    """The peer in a process of its own, idle while the other side computes."""
-
-    def __init__(self, base: Path, folder: Path, dtype: str):
-        threads = str(os.cpu_count())
-        command = [sys.executable, "-m", "loadtest.peft_peer", str(base), str(folder), dtype, threads]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def __enter__(self) -> _Peft:
-        assert self._process.stdout is not None
-        while self._process.stdout.readline().strip() != "ready":
-            if self._process.poll() is not None:
-                raise RuntimeError("the PEFT side did not start")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(30)
-
-    def run(self, arguments: argparse.Namespace, seed: int, new: int) -> dict[str, float]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{arguments.rows} {arguments.prompt} {new} {seed}\n")
-        self._process.stdin.flush()
-        result: dict[str, float] = json.loads(self._process.stdout.readline())
-        return result
+def turn(peer: Peer, case: Case, prompt: int, new: int, seed: int, tick: Tick) -> dict[str, Any]:
+    """One side's figures for one case; its error where it fails."""
+    peer.process.resume()
+    try:
+        return dict(peer.measure(case, case.requests(prompt, new, seed)))
+    except RuntimeError as fault:
+        return {"error": str(fault)}
+    finally:
+        peer.process.pause()
+        tick()
 
 
-def _onebase(url: str, names: list[Any], arguments: argparse.Namespace, seed: int, new: int) -> dict[str, float]:
-    bodies = [
-        {"adapter": names[at % len(names)], "prompt": prompt, "max_tokens": new, "ignore_eos": True}
-        for at, prompt in enumerate(prompts(arguments.rows, arguments.prompt, seed))
-    ]
-    result = asyncio.run(at_once(url, bodies))
-    return {key: result[key] for key in ("seconds", "tokens_per_s", "ttft_p50", "gap_p99")}
+def medians(rounds: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the rounds that went well; empty when none did."""
+    good = [one for one in rounds if "error" not in one]
+    return {name: statistics.median(one[name] for one in good) for name in (good[0] if good else ())}
 
 
-def link_models(data: Path) -> None:
-    """The converted base is shared; adapters of the measurement are not kept."""
-    (data / "models").symlink_to(DEFAULT_DATA_DIR.expanduser() / "models")
-
-
-def _commit() -> str:
-    """The commit that was measured; `-dirty` when files differ from it (results of earlier runs aside)."""
-    command = ["git", "describe", "--always", "--abbrev=7", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    changed = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!loadtest/results"]
-    dirty = subprocess.run(changed, capture_output=True, text=True, check=False).stdout
-    return (done.stdout.strip() or "unknown") + ("-dirty" if dirty else "")
+def floors() -> dict[str, float]:
+    """`floors.py` in a process of its own, which then is gone with its threads and memory."""
+    done = subprocess.run([sys.executable, "-m", "loadtest.floors"], capture_output=True, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 if __name__ == "__main__":

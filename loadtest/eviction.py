@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from loadtest.compare import RESULTS, _commit, machine
-from loadtest.workload import make_adapters
+from loadtest.adapters import Adapter
+from loadtest.compare import RESULTS
+from loadtest.stamp import stamp
 from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.eviction import Policy, order
@@ -54,10 +55,7 @@ def main() -> None:
     loads = measure_loads()
     runs = replays(loads, arguments.requests)
     report = {
-        "when": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "command": f"python -m loadtest.eviction --requests {arguments.requests}",
-        "machine": machine(),
+        **stamp(f"python -m loadtest.eviction --requests {arguments.requests}"),
         "adapters": ADAPTERS,
         "slots": SLOTS,
         "running": RUNNING,
@@ -81,10 +79,10 @@ def measure_loads() -> dict[int, Load]:
         store = Store(Path(data))
         registry = Registry(store, base.info, max_rank=max(RANKS), dtype=base.dtype)
         for rank in RANKS:
-            source = make_adapters(folder, DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters", 1, rank=rank)[0]
+            adapter = Adapter(0, rank, "attention")
             with store.stage() as staging:
-                staging.config_path.write_bytes((source / "adapter_config.json").read_bytes())
-                staging.weights_path.write_bytes((source / "adapter_model.safetensors").read_bytes())
+                staging.config_path.write_bytes(adapter.config())
+                staging.weights_path.write_bytes(adapter.weights(folder))
                 digest = registry.put(f"rank-{rank}", staging).version.digest
             seconds = []
             for _ in range(25):

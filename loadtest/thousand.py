@@ -1,8 +1,8 @@
 """A thousand registered adapters, Zipf requests, a RAM budget for 200 of them and 32 slots: what it does to the rows.
 
 `python -m loadtest.thousand` registers them over HTTP, then measures three things on one server: 16 streams over 16
-resident adapters; the same number of streams over all of them, Zipf-distributed; and a new adapter put and used for
-the first time while 15 streams run.
+resident adapters (workload `thousand-resident`); as many over all of them (`thousand-zipf`); and a new adapter, put and
+used for the first time while 15 streams run.
 """
 
 from __future__ import annotations
@@ -10,176 +10,161 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import random
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
-import torch
-from safetensors.torch import load_file, save_file
 
-from loadtest.client import Trace, quantile, stream
-from loadtest.compare import RESULTS, link_models, machine
-from loadtest.service import Served, put, serving
-from loadtest.workload import make_adapters, prompts
-from server.model.bundled import DEFAULT_DATA_DIR, materialise
+from loadtest import adapters, tiers
+from loadtest.adapters import Adapter
+from loadtest.client import Client, Trace
+from loadtest.compare import RESULTS
+from loadtest.dialects import Onebase
+from loadtest.measure import Target, measure
+from loadtest.peers.onebase import serve
+from loadtest.peers.peer import Process
+from loadtest.progress import bar
+from loadtest.runner import run
+from loadtest.stamp import stamp
+from loadtest.workload import Request, Workload, change, load
+from server.model.bundled import materialise
 
-STREAMS = 16
-LENGTH, NEW = 64, 48
 SLOTS, RAM_ADAPTERS = 32, 200
+LENGTH, OTHERS, LONG = 64, 15, 100  # of the third part: tokens in, streams beside it, their tokens out
+SETTLED = 4.0  # seconds after which the other streams are past their prefill
+FLOAT32 = 4
 
 
 def main() -> None:
     """Writes `results/thousand.json` and prints it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--adapters", type=int, default=1000)
-    parser.add_argument("--requests", type=int, default=320, help="of the Zipf part")
-    parser.add_argument("--zipf", type=float, default=1.0)
+    parser.add_argument("--requests", type=int, default=192, help="of each of the first two parts")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
     arguments = parser.parse_args()
-    report = measure(arguments)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "thousand.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = thousand(arguments.requests)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "thousand.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def thousand(requests: int) -> dict[str, Any]:
     """One server, all three parts."""
     base = materialise()
-    template = make_adapters(base, DEFAULT_DATA_DIR.expanduser() / "bench" / "thousand", 1, rank=4)[0]
-    one = sum(tensor.numel() * 4 for tensor in load_file(template / "adapter_model.safetensors").values())
-    with tempfile.TemporaryDirectory() as data:
-        link_models(Path(data))
-        settings = {"data_dir": data, "adapter_slots": SLOTS, "ram_cache_bytes": RAM_ADAPTERS * one, "dtype": "float32"}
-        with serving(Path(data) / "log", **settings) as server:
-            names, uploads = _register(server, template, Path(data), arguments.adapters)
+    few, all_ = (change(load(f"thousand-{name}"), requests=requests) for name in ("resident", "zipf"))
+    needed = adapters.of(all_)
+    values = sum((out + into) * needed[0].rank for out, into in adapters.shapes(base, all_.targets).values())
+    budget = RAM_ADAPTERS * values * FLOAT32
+    command = f"python -m loadtest.thousand --requests {requests}"
+    with tempfile.TemporaryDirectory() as folder:
+        process, url = serve(Path(folder) / "server", adapter_slots=SLOTS, ram_cache_bytes=budget, dtype="float32")
+        try:
+            uploads = _register(url, needed, base)
+            dialect = Onebase([adapter.name for adapter in needed] + ["brand-new"])
+            target = Target(url, "onebase", dialect)
             return {
-                "when": time.strftime("%Y-%m-%d"),
-                "command": f"python -m loadtest.thousand --adapters {arguments.adapters} "
-                f"--requests {arguments.requests} --zipf {arguments.zipf}",
-                "machine": machine(),
-                "adapters": len(names),
-                "adapter_bytes_in_ram": one,
-                "ram_budget_bytes": RAM_ADAPTERS * one,
+                **stamp(command),
+                "adapters": len(needed),
+                "adapter_bytes_in_ram": values * FLOAT32,
+                "ram_budget_bytes": budget,
                 "slots": SLOTS,
-                "upload_p50_s": round(quantile(uploads, 0.5), 4),
-                "upload_p99_s": round(quantile(uploads, 0.99), 4),
-                **asyncio.run(_parts(server, names, template, arguments)),
+                "upload_p50_s": round(float(np.quantile(uploads, 0.5)), 4),
+                "upload_p99_s": round(float(np.quantile(uploads, 0.99)), 4),
+                "resident": _part(target, process, few),
+                "zipf": _part(target, process, change(all_, seed=2)),
+                "new_adapter": asyncio.run(_new_adapter(target, len(needed), base)),
             }
+        finally:
+            process.stop()
 
 
-async def _parts(
-    server: Served, names: list[str], template: Path, arguments: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    limits = httpx.Limits(max_connections=2 * STREAMS)
-    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as client:
-        rng = random.Random(7)
-        weights = [(at + 1) ** -arguments.zipf for at in range(len(names))]
-        drawn = rng.choices(names, weights, k=arguments.requests)
-        few = names[:STREAMS] * (arguments.requests // STREAMS)
-        await _workers(client, names[:STREAMS], 0)  # warm
-        return {
-            "resident": await _part(client, server, few, 1),
-            "zipf": await _part(client, server, drawn, 2),
-            "new_adapter": await _new_adapter(client, server, names, template),
-        }
+def _register(url: str, needed: list[Adapter], base: Path) -> list[float]:
+    """Seconds that each upload took, one after the other."""
+    seconds = []
+    with httpx.Client(base_url=url, timeout=120) as http, bar("adapters", len(needed)) as tick:
+        for adapter in needed:
+            config, weights = adapter.config(), adapter.weights(base)
+            start = time.perf_counter()
+            adapters.upload(http, adapter.name, config, weights)
+            seconds.append(time.perf_counter() - start)
+            tick()
+    return seconds
 
 
-async def _part(client: httpx.AsyncClient, server: Served, names: list[str], seed: int) -> dict[str, Any]:
-    before = await _metrics(client)
-    start = time.perf_counter()
-    traces, peak = await _workers(client, names, seed, server)
-    seconds = time.perf_counter() - start
-    after = await _metrics(client)
-    grown = {key: after[key] - before[key] for key in ("ram_hits", "ram_misses", "device_loads")}
-    gaps = [gap for trace in traces for gap in trace.gaps]
-    cold = [trace.ttft for trace in traces if trace.cold]
-    warm = [trace.ttft for trace in traces if not trace.cold]
+def _part(target: Target, process: Process, workload: Workload) -> dict[str, Any]:
+    """The figures of one workload that are looked at, and what the server's memory came to."""
+    with _peak(process) as peak:
+        report, _ = measure(target, workload, command="", progress=bar)
+    gaps, cold = report["gap_ms"], report["cold"]
+    held = (tiers.metrics(target.url) or {}).get("onebase_adapter_bytes{ram}", 0)
     return {
-        "requests": len(traces),
-        "errors": sum(trace.error is not None for trace in traces),
-        "tokens_per_s": round(sum(trace.tokens for trace in traces) / seconds, 1),
-        "gap_p50_ms": round(quantile(gaps, 0.5) * 1e3, 1),
-        "gap_p99_ms": round(quantile(gaps, 0.99) * 1e3, 1),
-        "gap_max_ms": round(max(gaps, default=0) * 1e3, 1),
-        "ttft_warm_p50_ms": round(quantile(warm, 0.5) * 1e3, 1),
-        "ttft_cold_p50_ms": round(quantile(cold, 0.5) * 1e3, 1),
-        "cold": len(cold),
-        "ram_bytes_used": int(after["ram_bytes"]),
-        "server_rss_peak_mib": round(peak / 1024**2),
-        **{key: int(value) for key, value in grown.items()},
+        "requests": report["requests"]["sent"],
+        "errors": report["requests"]["failed"],
+        "tokens_per_s": round(report["tokens_per_s"], 1),
+        **{f"gap_{name}_ms": round(gaps[name], 1) for name in ("p50", "p99", "max")},
+        "ttft_warm_p50_ms": _median(cold["warm_ttft_ms"]),
+        "ttft_cold_p50_ms": _median(cold["ttft_ms"]),
+        "cold": cold["requests"],
+        "found_on": report["tiers"],
+        "ram_bytes_used": int(held),
+        "server_rss_peak_mib": round(peak[0] / 1024**2),
     }
 
 
-async def _workers(
-    client: httpx.AsyncClient, names: list[str], seed: int, server: Served | None = None
-) -> tuple[list[Trace], int]:
-    """STREAMS workers, each sending its next request when its last has ended."""
-    jobs = list(zip(names, prompts(len(names), LENGTH, seed), strict=True))
-    traces: list[Trace] = []
-    peak = 0
-
-    async def work() -> None:
-        nonlocal peak
-        while jobs:
-            name, prompt = jobs.pop()
-            body = {"adapter": name, "prompt": prompt, "max_tokens": NEW, "ignore_eos": True}
-            traces.append(await stream(client, body))
-            if server is not None:
-                peak = max(peak, psutil.Process(server.pid).memory_info().rss)
-
-    await asyncio.gather(*(work() for _ in range(STREAMS)))
-    return traces, peak
-
-
-async def _new_adapter(client: httpx.AsyncClient, server: Served, names: list[str], template: Path) -> dict[str, Any]:
+async def _new_adapter(target: Target, number: int, base: Path) -> dict[str, Any]:
     """15 streams run; a new adapter is put and asked for one token."""
-    bodies = [
-        {"adapter": name, "prompt": prompt, "max_tokens": 100, "ignore_eos": True}
-        for name, prompt in zip(names, prompts(STREAMS - 1, LENGTH, 99), strict=False)
-    ]
-    others = [asyncio.create_task(stream(client, body)) for body in bodies]
-    await asyncio.sleep(4)
-    start = time.perf_counter()
-    upload = await asyncio.to_thread(put, server.url, "brand-new", template)
-    first = await stream(client, {"adapter": "brand-new", "prompt": prompts(1, LENGTH, 98)[0], "max_tokens": 1})
-    usable = time.perf_counter() - start
-    gaps = [gap for trace in await asyncio.gather(*others) for gap in trace.gaps[4:]]
+    others = [Request(at, None, at, LENGTH, LONG, 99) for at in range(OTHERS)]
+    new = Adapter(number, 4, "attention")
+    async with Client(target.url, target.dialect) as client:
+        beside = asyncio.create_task(run(client, others, streams=OTHERS, seconds=600))
+        await asyncio.sleep(SETTLED)
+        start = time.perf_counter()
+        await asyncio.to_thread(_put, target.url, new, base)
+        put = time.perf_counter() - start
+        first = Trace(Request(0, None, number, LENGTH, 1, 98))
+        await client.send(first, start)
+        usable = time.perf_counter() - start
+        gaps = [gap * 1e3 for trace in (await beside).traces for gap in trace.gaps[4:]]
     return {
-        "put_s": round(upload, 3),
+        "put_s": round(put, 3),
         "put_and_first_token_s": round(usable, 3),
         "error": first.error,
-        "others_gap_p50_ms": round(quantile(gaps, 0.5) * 1e3, 1),
-        "others_gap_max_ms": round(max(gaps) * 1e3, 1),
+        "others_gap_p50_ms": round(float(np.median(gaps)), 1),
+        "others_gap_max_ms": round(max(gaps), 1),
     }
 
 
-def _register(server: Served, template: Path, data: Path, count: int) -> tuple[list[str], list[float]]:
-    tensors = load_file(template / "adapter_model.safetensors")
-    folder = data / "upload"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_bytes((template / "adapter_config.json").read_bytes())
-    names, seconds = [], []
-    for at in range(count):
-        torch.manual_seed(at)
-        changed = {key: tensor + 0.001 * torch.randn(tensor.shape[0], 1) for key, tensor in tensors.items()}
-        save_file({key: tensor.half() for key, tensor in changed.items()}, folder / "adapter_model.safetensors")
-        names.append(f"tenant-{at:04d}")
-        seconds.append(put(server.url, names[-1], folder))
-    return names, seconds
+def _put(url: str, adapter: Adapter, base: Path) -> None:
+    with httpx.Client(base_url=url, timeout=120) as http:
+        adapters.upload(http, "brand-new", adapter.config(), adapter.weights(base))
 
 
-async def _metrics(client: httpx.AsyncClient) -> dict[str, float]:
-    text = (await client.get("/metrics")).text
-    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    return {
-        "ram_hits": float(values["onebase_adapter_ram_hits_total"]),
-        "ram_misses": float(values["onebase_adapter_ram_misses_total"]),
-        "device_loads": float(values["onebase_adapter_device_loads_total"]),
-        "ram_bytes": float(values['onebase_adapter_bytes{tier="ram"}']),
-    }
+@contextmanager
+def _peak(process: Process) -> Iterator[list[int]]:
+    """The most resident bytes of the server while the block runs, in a list of one."""
+    server, most, ended = psutil.Process(process.popen.pid), [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.25):
+            most[0] = max(most[0], server.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield most
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def _median(times: dict[str, float] | None) -> float:
+    return round(times["p50"], 1) if times else 0.0
 
 
 if __name__ == "__main__":

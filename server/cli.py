@@ -17,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 from rich.text import Text
 
+from loadtest import commands
 from server.settings import Settings
 
 app = typer.Typer(help="One frozen base model, shared by many LoRA adapters.", no_args_is_help=True)
@@ -75,6 +76,7 @@ def _with_settings_flags(function: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command("serve")(_with_settings_flags(_serve))
+app.command("bench")(commands.run)
 
 
 @adapters.command("list")

@@ -124,7 +124,9 @@ def test_what_the_build_needs_is_copied_before_it_is_installed() -> None:
     install = next(at for at, one in enumerate(steps) if one.rest.endswith("pip install ."))
     copied = " ".join(one.rest for one in steps[:install] if one.word == "COPY").split()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert {"pyproject.toml", project["readme"], *project["license-files"], "server", "adapters"} <= set(copied)
+    assert {"pyproject.toml", project["readme"], *project["license-files"], "server", "adapters", "loadtest"} <= set(
+        copied
+    )
 
 
 def test_pip_installs_what_the_makefile_does_in_its_order() -> None:
