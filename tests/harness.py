@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Harness:
         max_batch_tokens: int = 256,
         max_running: int = 64,
         prefix_cache: bool = True,
+        runner: Callable[..., Any] | None = None,
     ):
         self.base = base
         self.folders: dict[str, Path] = {}
@@ -72,8 +73,8 @@ class Harness:
             max_running=max_running,
             prefix_cache=prefix_cache,
         )
-        self.bank = Bank(slots)
-        self.runner = Runner(base, blocks=blocks, block_size=block_size)
+        self.runner: Any = (runner or Runner)(base, blocks=blocks, block_size=block_size)
+        self.bank = Bank(slots, getattr(self.runner, "forget", lambda digest: None))
         self.engine = Engine(self.runner, self.scheduler, self.bank, fetch=self.fetch, emit=self._emit, threads=2)
 
     def fetch(self, digest: str) -> AdapterWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.lora.weights import AdapterWeights
@@ -19,10 +20,13 @@ class Slot:
 
 
 class Bank:
-    """Owned by the engine's thread, hence no lock. An adapter is found by its content digest and by nothing else."""
+    """Owned by the engine's thread, hence no lock. An adapter is found by its content digest and by nothing else.
 
-    def __init__(self, slots: int):
-        self.capacity = slots
+    `evicted` is called with the digest of each adapter that leaves.
+    """
+
+    def __init__(self, slots: int, evicted: Callable[[str], None] = lambda digest: None):
+        self.capacity, self._evicted = slots, evicted
         self._slots: dict[str, Slot] = {}
         self._clock = 0
         self.loads = self.evictions = 0
@@ -73,6 +77,7 @@ class Bank:
             # A draining slot was emptied for a starved request: it goes before the least recently used.
             victim = min(idle, key=lambda slot: (not slot.draining, slot.used))
             del self._slots[victim.digest]
+            self._evicted(victim.digest)
             self.evictions += 1
         self._clock += 1
         self._slots[digest] = Slot(digest, used=self._clock)

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 RANK_STEP = 16
+Run = tuple[int, int, int]  # first token, the one after the last, slot: tokens of one adapter next to each other
 FIELDS = 3  # of a table's entry: address of A, address of B, rank
 
 
@@ -42,7 +43,7 @@ class Tiling:
 
 
 _SHORT = Tiling(16, 256, 256, 8)  # decoding: a segment is a few tokens, the adapters' bytes are the cost
-_LONG = Tiling(64, 64, 128, 2)  # prefill: a segment is many tokens, the arithmetic is
+_LONG = Tiling(64, 128, 128, 4)  # prefill: a segment is many tokens, the arithmetic is
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +56,23 @@ class Segments:
     long: bool = False
 
     @classmethod
-    def of(cls, runs: Sequence[tuple[int, int, int]], device: torch.device) -> Segments:
-        """From (start, end, slot) of each run of one adapter's tokens; long runs are cut so that many programs
-        share them."""
-        long = any(end - start > _SHORT.tokens for start, end, _ in runs)
-        size = _LONG.tokens if long else _SHORT.tokens
-        cut = [(at, min(at + size, end), slot) for start, end, slot in runs for at in range(start, end, size)]
-        table = torch.tensor(cut or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
-        starts, ends, slots = table.to(device, non_blocking=True)
+    def of(cls, runs: Sequence[Run], device: torch.device) -> Segments:
+        """From the runs of a step."""
+        long = is_long(runs)
+        pieces = torch.tensor(cut(runs, long) or [(0, 0, 0)], dtype=torch.int32)
+        starts, ends, slots = (column.contiguous().to(device) for column in pieces.unbind(1))
         return cls(starts, ends, slots, long)
+
+
+def is_long(runs: Sequence[Run]) -> bool:
+    """Whether some run is long enough for prefill's tiles."""
+    return any(end - start > _LONG.tokens for start, end, _ in runs)
+
+
+def cut(runs: Sequence[Run], long: bool) -> list[Run]:
+    """The runs in pieces of one tile each, so that many programs share a long one."""
+    size = _LONG.tokens if long else _SHORT.tokens
+    return [(at, min(at + size, end), slot) for start, end, slot in runs for at in range(start, end, size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +97,12 @@ def add(x: torch.Tensor, y: torch.Tensor, group: Group, segments: Segments) -> N
     if x.stride(1) != 1 or y.stride(1) != 1:
         raise ValueError("the columns of x and y must lie next to each other")
     tiling = _LONG if segments.long else _SHORT
-    parts = min(tiling.parts, triton.cdiv(group.in_features, tiling.inner))
+    span = triton.cdiv(triton.cdiv(group.in_features, tiling.parts), tiling.inner) * tiling.inner
+    parts = triton.cdiv(group.in_features, span)
     modules, slots, _ = group.table.shape
     tokens, count = x.shape[0], segments.starts.shape[0]
     shrunk = torch.empty(parts, modules, tokens, group.capacity, dtype=torch.float32, device=x.device)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"  # says nothing about 16-bit operands
-    span = triton.cdiv(triton.cdiv(group.in_features, parts), tiling.inner) * tiling.inner
     # fmt: off
     _shrink[(count, modules, parts)](
         x, shrunk, group.table, segments.starts, segments.ends, segments.slots,

@@ -32,6 +32,7 @@ class AdapterTables:
         self._table = torch.zeros(len(self._rows), slots, FIELDS, dtype=torch.int64, device=device)
         self._free = list(range(slots - 1, -1, -1))
         self._held: dict[str, tuple[int, AdapterWeights]] = {}
+        self._groups: dict[tuple[str, ...], Group] = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -62,6 +63,12 @@ class AdapterTables:
 
     def group(self, names: Sequence[str]) -> Group:
         """The modules `names`, next to each other in the model and of one input, whose outputs lie side by side."""
+        key = tuple(names)
+        if key not in self._groups:
+            self._groups[key] = self._group(key)
+        return self._groups[key]
+
+    def _group(self, names: tuple[str, ...]) -> Group:
         first = self._rows[names[0]]
         shapes = [self._linears[name] for name in names]
         if [self._rows[name] for name in names] != list(range(first, first + len(names))):
