@@ -11,9 +11,10 @@ import torch
 
 from server.engine.messages import Loaded, Residency
 from server.engine.sequence import Request
+from server.engine.uploading import Uploader
 from server.errors import AdapterUnavailable, OnebaseError
 from server.lora.bank import Bank
-from server.lora.weights import AdapterWeights, LoraPair
+from server.lora.weights import AdapterWeights
 
 log = logging.getLogger("onebase.engine")
 
@@ -34,7 +35,7 @@ class AdapterLoader:
         post: Callable[[Loaded], None],
         device: torch.device,
     ):
-        self.bank, self._fetch, self._post, self._device = bank, fetch, post, device
+        self.bank, self._fetch, self._post, self._upload = bank, fetch, post, Uploader(device)
         self._lacking: dict[str, Request] = {}  # by request id, in the order of arrival
         self._threads = ThreadPoolExecutor(_THREADS, "onebase-load")
 
@@ -97,7 +98,7 @@ class AdapterLoader:
 
     def _load(self, digest: str) -> None:
         try:
-            weights = to_device(self._fetch(digest), self._device)
+            weights = self._upload(self._fetch(digest))
         except OnebaseError as fault:
             self._post(Loaded(digest, None, fault))
         except Exception:  # whatever it is, the requests that wait for it must end
@@ -105,23 +106,3 @@ class AdapterLoader:
             self._post(Loaded(digest, None, AdapterUnavailable("the adapter could not be loaded")))
         else:
             self._post(Loaded(digest, weights, None))
-
-
-def to_device(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
-    """The adapter's tensors on `device`; on the CPU they are where they should be already."""
-    if device.type == "cpu":
-        return weights
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        modules = {
-            name: LoraPair(pair.a.to(device, non_blocking=True), pair.b.to(device, non_blocking=True))
-            for name, pair in weights.modules.items()
-        }
-    stream.synchronize()
-    # The memory goes back to the loading stream's pool when the last reference is dropped; a step that still reads it
-    # may be queued on the engine's stream then, and the next load must wait for it.
-    engine_stream = torch.cuda.default_stream(device)
-    for pair in modules.values():
-        pair.a.record_stream(engine_stream)
-        pair.b.record_stream(engine_stream)
-    return AdapterWeights(digest=weights.digest, modules=modules, rank=weights.rank, nbytes=weights.nbytes)
