@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,7 +45,6 @@ def device_runner(capture: Any = None, **more: Any) -> Callable[..., DeviceRunne
         runner: Any = DeviceRunner(base, blocks=blocks, block_size=block_size, capture=capture, **sizes)
         if capture is not None:
             runner.warm()
-        runner.stack = SimpleNamespace(nbytes=0)
         return runner
 
     return make

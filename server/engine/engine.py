@@ -23,7 +23,6 @@ from server.engine.text import TextStream
 from server.errors import EngineFailure, OnebaseError, Overloaded
 from server.lora import cores
 from server.lora.bank import Bank
-from server.lora.stack import AdapterStack
 from server.lora.weights import AdapterWeights
 
 log = logging.getLogger("onebase.engine")
@@ -158,7 +157,6 @@ class Engine:
         except Exception:  # a failed step costs the rows that were in it, and nobody else
             log.exception("a step failed")
             self.stats.failed_steps += 1
-            self._runner.stack = AdapterStack()
             for item in work:
                 self._end(item.sequence.request, "error", EngineFailure("the step that held this request failed"))
             return
@@ -233,7 +231,7 @@ class Engine:
             len(self._loader),
         )
         stats.blocks_used, stats.preemptions = scheduler.pool.used, scheduler.preemptions
-        stats.resident, stats.slot_bytes = bank.digests(), bank.bytes + self._runner.stack.nbytes
+        stats.resident, stats.slot_bytes = bank.digests(), bank.bytes
         stats.slot_references, stats.slot_evictions, stats.slot_loads = bank.references, bank.evictions, bank.loads
         if self._events:
             events, self._events = self._events, []
