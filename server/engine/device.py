@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from server.engine.graphs import Capture, CudaCapture, DecodeGraphs, Step
 from server.engine.layout import BASE
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
+from server.lora.grouped import join, joinable
 from server.lora.layers import LoraStep, install
 from server.lora.ops_triton import Segments, cut, is_long
 from server.lora.segmented import SegmentedLora
@@ -21,7 +24,7 @@ from server.model import attention
 from server.model.loader import Base
 from server.model.paged import PagedBatch
 
-_WARM_TOKENS = 130  # more than a tile of any kind
+log = logging.getLogger("onebase.engine")
 
 
 class DeviceRunner:
@@ -45,7 +48,11 @@ class DeviceRunner:
         capture: Capture | None,
     ):
         self.base = base
-        self.lora: LoraStep = install(base.model, base.info)
+        groups = joinable(base.model, base.info)
+        joined = {name for names in groups for name in names}
+        single = {name: shape for name, shape in base.info.linears.items() if name not in joined}
+        self.lora: LoraStep = install(base.model, replace(base.info, linears=single))
+        join(base.model, groups, self.lora)
         self.tables = AdapterTables(base.info, slots=slots, max_rank=max_rank, dtype=base.dtype, device=base.device)
         self.pool = attention.KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
         self._longest = -(-min(longest, blocks * block_size) // block_size) * block_size
@@ -64,10 +71,15 @@ class DeviceRunner:
     def warm(self) -> None:
         """Compiles every kernel and captures every graph, so that no request waits for that."""
         with torch.inference_mode():
-            for tokens, long in ((_WARM_TOKENS, True), (_WARM_TOKENS, False), (2, False)):
-                self._warm_prefill(tokens, long)
-            if self._graphs is not None:
+            for long in (True, False):
+                self._warm_prefill(long)
+            if self._graphs is None:
+                return
+            try:
                 self._graphs.warm()
+            except RuntimeError:  # the family's own code waits for the device in its forward, say
+                log.warning("decode steps run without CUDA graphs: this base cannot be captured", exc_info=True)
+                self._graphs = None
 
     def forget(self, digest: str) -> None:
         """An adapter has left the device."""
@@ -124,14 +136,14 @@ class DeviceRunner:
         batch = PagedBatch(self.pool, step["slots"], step["tables"], decodes, self._longest, layout.chunks(rows))
         return self._forward(step, batch, segments, step["last"])
 
-    def _warm_prefill(self, tokens: int, long: bool) -> None:
-        """A prompt of token 0 that is written to the null block over and over."""
-        null, size = self.pool.null_block, self.pool.block_size
+    def _warm_prefill(self, long: bool) -> None:
+        """A prompt of token 0 in the null block. A short one will do: kernels are compiled for tiles, not lengths."""
+        null, size, tokens = self.pool.null_block, self.pool.block_size, 2
         host = {
             "ids": np.zeros((1, tokens), np.int64),
             "positions": np.arange(tokens)[None],
             "slots": np.full(tokens, null * size),
-            "tables": np.full((1, -(-tokens // size)), null, np.int32),
+            "tables": np.full((1, 1), null, np.int32),
             **layout.columns(cut([(0, tokens, 0)], long)),
         }
         step = upload(host, self.base.device)

@@ -98,7 +98,7 @@ class DecodeGraphs:
         null_block: int,
         device: torch.device,
     ):
-        self._forward, self._capture = forward, capture
+        self._forward, self._capture, self._most_tokens = forward, capture, width * block_size
         self._buckets = [Bucket(rows, width, block_size, null_block, device) for rows in buckets(most_rows)]
 
     def warm(self) -> None:
@@ -110,9 +110,9 @@ class DecodeGraphs:
 
     def run(self, rows: Seq[Row]) -> torch.Tensor | None:
         """Logits [rows, vocabulary] of a step, good until the next one; None where no graph fits: a row of several
-        tokens, or too many rows."""
+        tokens or too long a one, or too many rows."""
         bucket = self._fitting(len(rows))
-        if bucket is None or any(row.work.count != 1 for row in rows):
+        if bucket is None or any(row.work.count != 1 or row.context >= self._most_tokens for row in rows):
             return None
         bucket.fill(rows)
         lora = any(row.slot != layout.BASE for row in rows)

@@ -133,3 +133,5 @@ def test_a_step_takes_the_smallest_graph_that_fits() -> None:
         assert fake.ran[-1] == used
     assert graphs.run(rows(*[(2, -1)] * 5)) is None
     assert graphs.run(layout.arrange([work(5, 2, [1, 2])], [-1])) is None
+    assert graphs.run(rows((12, -1))) is not None
+    assert graphs.run(rows((13, -1))) is None  # one block more than the buffers have room for
