@@ -100,8 +100,7 @@ class Drive:
             BlockPool(blocks, BLOCK_SIZE), max_batch_tokens=2048, max_running=rows, prefix_cache=False
         )
         self.bank = Bank(slots, self.runner.forget)
-        runner: Any = self.runner
-        self.engine = Engine(runner, scheduler, self.bank, fetch=fetch, emit=self._emit, threads=1)
+        self.engine = Engine(self.runner, scheduler, self.bank, fetch=fetch, emit=self._emit, threads=1)
         self._lock = threading.Lock()
         self._number = 0
 

@@ -11,7 +11,7 @@ import torch
 
 from server.engine import layout
 from server.engine.buffers import upload
-from server.engine.graphs import Capture, CudaCapture, DecodeGraphs, Step
+from server.engine.graphs import Capture, DecodeGraphs, Step
 from server.engine.layout import BASE
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
@@ -97,7 +97,7 @@ class DeviceRunner:
                 return []
             sequences = [row.work.sequence for row in sampled]
             chosen = sample(
-                logits, [Row(s.request.submit.sampling, s.index, s.tokens, s.prompt_length) for s in sequences]
+                logits.float(), [Row(s.request.submit.sampling, s.index, s.tokens, s.prompt_length) for s in sequences]
             )
             return [(row.work, choice) for row, choice in zip(sampled, chosen, strict=True)]
 
@@ -154,7 +154,7 @@ class DeviceRunner:
     def _forward(
         self, step: Step, batch: PagedBatch, segments: Segments | None, keep: int | torch.Tensor
     ) -> torch.Tensor:
-        """Logits in float32, of the packed places `keep`, or of all (0)."""
+        """Logits of the packed places `keep`, or of all (0)."""
         packed: Any = batch
         adapters: Any = SegmentedLora(self.tables, segments) if segments is not None else None
         self.lora.batch = adapters
@@ -165,9 +165,4 @@ class DeviceRunner:
                 )
         finally:
             self.lora.batch = None
-        return out.logits[0].float()
-
-
-def runner_for(base: Base, *, graphs: bool = True, **sizes: int) -> DeviceRunner:
-    """The runner of a CUDA device; `sizes` as for DeviceRunner."""
-    return DeviceRunner(base, capture=CudaCapture() if graphs else None, **sizes)
+        return out.logits[0]
