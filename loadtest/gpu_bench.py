@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,16 @@ def _decode(
 
 
 def _steps(results: list[Result], rows: int) -> dict[str, float]:
-    """Medians over all rounds' steps of exactly `rows` decodes."""
+    """Medians over all rounds' steps of exactly `rows` decodes; `period_ms` is from one such step to the next, with
+    what the engine does between them (scheduling, detokenising)."""
+    pairs = [pair for result in results for pair in pairwise(result.steps) if pair[0].rows == pair[1].rows == rows]
     steps = [step for result in results for step in result.steps if step.rows == rows]
     device = [step.device_seconds for step in steps if step.device_seconds]
     return {
         "errors": sum(result.errors for result in results),
         "steps": len(steps),
         "step_ms": round(1e3 * statistics.median(step.seconds for step in steps), 4),
+        "period_ms": round(1e3 * statistics.median(two.began - one.began for one, two in pairs), 4),
         "device_ms": round(1e3 * statistics.median(device), 4) if device else 0.0,
         "tokens_per_s": round(statistics.median(result.tokens / result.seconds for result in results), 1),
     }

@@ -29,9 +29,11 @@ Job = tuple[tuple[int, ...], str | None]  # prompt, adapter's digest
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Rows of a step of decodes only (0 for any other), its seconds by the clock, and on the device (0 if unknown)."""
+    """Rows of a step of decodes only (0 for any other); when it began, how long it took, and how long the device
+    worked on it (0 if unknown), in seconds."""
 
     rows: int
+    began: float
     seconds: float
     device_seconds: float
 
@@ -50,7 +52,7 @@ class TimedRunner(DeviceRunner):
         seconds = time.perf_counter() - start
         device = self._between[0].elapsed_time(self._between[1]) / 1e3 if self._between and chosen else 0.0
         decodes = len(work) if all(item.count == 1 for item in work) else 0
-        self.steps.append(StepTime(decodes, seconds, device))
+        self.steps.append(StepTime(decodes, start, seconds, device))
         return chosen
 
     def _decode(self, rows: list[Row], sampled: list[Row]) -> torch.Tensor | None:

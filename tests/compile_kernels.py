@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from server.lora import ops_triton
 from server.lora.tables import AdapterTables
 from server.model import paged_triton
-from tests.kernelcases import adapter_of, base_of
+from tests.kernelcases import adapter_of, base_of, decode_tiles, segments
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a program may have
@@ -71,8 +71,8 @@ def lora(dtype: torch.dtype) -> None:
     tables.put(adapter_of(info, "a", 16, dtype))
     x, y = torch.empty(100, 4096, dtype=dtype), torch.empty(100, 6144, dtype=dtype)
     for end in (1, 100):
-        segments = ops_triton.Segments.of([(0, end, 0)], torch.device("cpu"))
-        ops_triton.add(x, y, tables.group(list(shapes)), segments)
+        found = segments([(0, end, 0)])
+        ops_triton.add(x, y, tables.group(list(shapes)), found)
 
 
 def attention(dtype: torch.dtype, dim: int, per: int) -> None:
@@ -83,7 +83,7 @@ def attention(dtype: torch.dtype, dim: int, per: int) -> None:
     query, table = torch.empty(32, heads * per, dim, dtype=dtype), torch.zeros(2, 64, dtype=torch.int32)
     tokens = torch.zeros(2, dtype=torch.long)
     paged_triton.write(keys, keys.clone(), torch.zeros(32, dtype=torch.long), new, new)
-    tiles = [paged_triton.decode_tiles(tokens, tokens, splits) for splits in (1, 8)]
+    tiles = [decode_tiles(tokens, tokens, splits) for splits in (1, 8)]
     queries = paged_triton.queries_for(dtype, dim)
     tiles.append(paged_triton.prefill_tiles([(0, 32, 0, 0)], per, queries, torch.device("cpu")))
     for one in tiles:

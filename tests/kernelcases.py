@@ -75,6 +75,24 @@ def runs_of(owners: Sequence[int], lengths: Sequence[int], gap: int = 1) -> list
     return runs
 
 
+def segments(runs: Sequence[tuple[int, int, int]]) -> Any:
+    """The segments of the runs (start, end, slot), on the device."""
+    from server.lora.ops_triton import Segments, cut, is_long
+
+    pieces = torch.tensor(cut(runs, is_long(runs)) or [(0, 0, 0)], dtype=torch.int32)
+    starts, ends, slots = (column.contiguous().to(DEVICE) for column in pieces.unbind(1))
+    return Segments(starts, ends, slots, is_long(runs))
+
+
+def decode_tiles(tokens: torch.Tensor, positions: torch.Tensor, splits: int) -> Any:
+    """One tile for each decode row: its packed token and its position [rows]; row r uses the block table's row r."""
+    from server.model.paged_triton import Tiles
+
+    rows = torch.arange(len(tokens), device=tokens.device)
+    columns = (tokens, torch.ones_like(tokens), positions, rows)
+    return Tiles(torch.stack([column.to(torch.int32) for column in columns], 1), 1, splits)
+
+
 def base_of(shapes: dict[str, tuple[int, int]]) -> BaseInfo:
     """A base of these linears, name -> (in, out)."""
     linears = {name: LinearShape(*shape) for name, shape in shapes.items()}

@@ -55,14 +55,6 @@ class Segments:
     slots: torch.Tensor
     long: bool = False
 
-    @classmethod
-    def of(cls, runs: Sequence[Run], device: torch.device) -> Segments:
-        """From the runs of a step."""
-        long = is_long(runs)
-        pieces = torch.tensor(cut(runs, long) or [(0, 0, 0)], dtype=torch.int32)
-        starts, ends, slots = (column.contiguous().to(device) for column in pieces.unbind(1))
-        return cls(starts, ends, slots, long)
-
 
 def is_long(runs: Sequence[Run]) -> bool:
     """Whether some run is long enough for prefill's tiles."""

@@ -42,13 +42,6 @@ class Tiles:
     splits: int = 1
 
 
-def decode_tiles(tokens: torch.Tensor, positions: torch.Tensor, splits: int) -> Tiles:
-    """One tile for each decode row: its packed token and its position [rows]; row r uses the block table's row r."""
-    rows = torch.arange(len(tokens), device=tokens.device)
-    columns = (tokens, torch.ones_like(tokens), positions, rows)
-    return Tiles(torch.stack([column.to(torch.int32) for column in columns], 1), 1, splits)
-
-
 def splits_for(rows: int, kv_heads: int, longest: int) -> int:
     """Programs for a decode row's keys, a power of two: enough for the device, none with less than it is worth.
 
@@ -172,7 +165,7 @@ def _span(position, tokens, window, split, SPLITS: tl.constexpr, BLOCK_N: tl.con
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "tables_row"])  # they change from step to step
 def _attend(
     query, keys, values, tables, tiles, out, sums, tops, scale, window,
     query_token, query_head, keys_head, values_head, tables_row, out_token, out_head,

@@ -5,13 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernelcases import BLOCK, DEVICE, TOLERANCE, Paged, adapter_of, base_of, error, lora, popularity, runs_of
+from tests.kernelcases import (
+    BLOCK,
+    DEVICE,
+    TOLERANCE,
+    Paged,
+    adapter_of,
+    base_of,
+    decode_tiles,
+    error,
+    lora,
+    popularity,
+    runs_of,
+    segments,
+)
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from server.lora.ops_triton import Segments, add
+from server.lora.ops_triton import add
 from server.lora.tables import AdapterTables
-from server.model.paged_triton import attend, decode_tiles, prefill_tiles, queries_for, splits_for, write
+from server.model.paged_triton import attend, prefill_tiles, queries_for, splits_for, write
 
 pytestmark = pytest.mark.gpu
 
@@ -44,7 +57,7 @@ def _check(
     x = torch.randn(tokens, shapes[names[0]][0], device=DEVICE, dtype=dtype)
     y = torch.randn(tokens, sum(out for _, out in shapes.values()), device=DEVICE, dtype=dtype)
     before = y.clone()
-    add(x, y, tables.group(names), Segments.of([(s, e, tables.put(adapters[a])) for s, e, a in runs], DEVICE))
+    add(x, y, tables.group(names), segments([(s, e, tables.put(adapters[a])) for s, e, a in runs]))
     wanted = lora(x, before, names, [(s, e, adapters[a]) for s, e, a in runs])
     assert error(y, wanted) < TOLERANCE[dtype]
     last = max(end for _, end, _ in runs)

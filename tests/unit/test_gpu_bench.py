@@ -13,7 +13,7 @@ from loadtest import gpu_bench
 from tests.kernelcases import DEVICE
 
 SMALL = (
-    "--shape tiny --dtype float32 --rows 2 --prompt 3 --new 3 --rank 4 --rounds 1 --registered 1 40 --requests 3 "
+    "--shape tiny --dtype float32 --rows 2 --prompt 3 --new 4 --rank 4 --rounds 1 --registered 1 40 --requests 3 "
     "--slots 2 --profile"
 )
 
@@ -30,7 +30,7 @@ def test_the_report_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for side in ("base", "adapters", "base_without_graphs"):
         assert decode[side]["errors"] == 0
         assert decode[side]["steps"] >= 1
-        assert decode[side]["step_ms"] > 0
+        assert min(decode[side]["step_ms"], decode[side]["period_ms"]) > 0
         assert decode[side]["tokens_per_s"] > 0
     layers, hidden, inner, kv = 2, 64, 96, 32
     per_layer = 2 * (hidden + hidden) + 2 * (hidden + kv) + 3 * (hidden + inner)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernelcases import DEVICE, RANKS, TOLERANCE, adapter_of, base_of, error, lora, popularity, runs_of
+from tests.kernelcases import DEVICE, RANKS, TOLERANCE, adapter_of, base_of, error, lora, popularity, runs_of, segments
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from server.lora.ops_triton import Segments, add
+from server.lora.ops_triton import add
 from server.lora.tables import AdapterTables
 from server.lora.weights import AdapterWeights
 
@@ -40,8 +40,8 @@ def check(
     y = torch.randn(tokens, sum(out for _, out in shapes.values())).to(DEVICE, dtype)
     before = y.clone()
     tables = tables_of(adapters, shapes)
-    segments = Segments.of([(s, e, tables.slot(adapters[a].digest)) for s, e, a in runs], DEVICE)
-    add(x, y, tables.group(names), segments)
+    found = segments([(s, e, tables.slot(adapters[a].digest)) for s, e, a in runs])
+    add(x, y, tables.group(names), found)
     wanted = lora(x, before, names, [(s, e, adapters[a]) for s, e, a in runs])
     distance = error(y, wanted)
     assert distance < TOLERANCE[dtype]
@@ -89,7 +89,7 @@ def test_an_adapter_that_lacks_a_module_leaves_its_columns() -> None:
     tables = tables_of([full, part], SMALL)
     x, y = torch.randn(2, 48).to(DEVICE), torch.randn(2, 88).to(DEVICE)
     before = y.clone()
-    add(x, y, tables.group(list(SMALL)), Segments.of([(0, 1, tables.slot("f")), (1, 2, tables.slot("p"))], DEVICE))
+    add(x, y, tables.group(list(SMALL)), segments([(0, 1, tables.slot("f")), (1, 2, tables.slot("p"))]))
     assert torch.equal(y[1, 40:64], before[1, 40:64])
     assert not torch.equal(y[0, 40:64], before[0, 40:64])
     assert not torch.equal(y[1, 64:], before[1, 64:])
@@ -102,10 +102,10 @@ def test_nan_in_one_row_stays_there(length: int) -> None:
     runs = [(at * length, (at + 1) * length, tables.slot(f"a{at}")) for at in range(3)]
     x, y = torch.randn(3 * length, 48).to(DEVICE), torch.randn(3 * length, 88).to(DEVICE)
     clean = y.clone()
-    segments, group = Segments.of(runs, DEVICE), tables.group(list(SMALL))
-    add(x, clean, group, segments)
+    found, group = segments(runs), tables.group(list(SMALL))
+    add(x, clean, group, found)
     x[length] = float("nan")
-    add(x, y, group, segments)
+    add(x, y, group, found)
     assert torch.isnan(y[length]).all()
     others = torch.arange(3 * length, device=DEVICE) != length
     assert torch.equal(y[others], clean[others])
@@ -119,7 +119,7 @@ def test_an_adapter_of_nan_reaches_only_its_own_rows() -> None:
         pair.b.fill_(float("inf"))
     tables = tables_of([bad, good], SMALL)
     x, y = torch.randn(3, 48).to(DEVICE), torch.randn(3, 88).to(DEVICE)
-    add(x, y, tables.group(list(SMALL)), Segments.of([(0, 1, tables.slot("bad")), (1, 2, tables.slot("good"))], DEVICE))
+    add(x, y, tables.group(list(SMALL)), segments([(0, 1, tables.slot("bad")), (1, 2, tables.slot("good"))]))
     assert torch.isnan(y[0]).all()
     assert torch.isfinite(y[1:]).all()
 
@@ -130,11 +130,11 @@ def test_strided_rows_and_empty_segments() -> None:
     x, y = torch.randn(4, 60)[:, :48].to(DEVICE), torch.randn(4, 100).to(DEVICE)[:, :88]
     before = y.clone()
     wanted = lora(x, y, list(SMALL), [(1, 3, adapter)])
-    add(x, y, tables.group(list(SMALL)), Segments.of([(1, 3, 0), (0, 0, 0)], DEVICE))
+    add(x, y, tables.group(list(SMALL)), segments([(1, 3, 0), (0, 0, 0)]))
     assert error(y, wanted) < 1e-5
     assert torch.equal(y[3], before[3])
     with pytest.raises(ValueError, match="next to each other"):
-        add(x.t(), y, tables.group(list(SMALL)), Segments.of([], DEVICE))
+        add(x.t(), y, tables.group(list(SMALL)), segments([]))
 
 
 def test_a_result_does_not_depend_on_the_neighbours() -> None:
@@ -142,7 +142,7 @@ def test_a_result_does_not_depend_on_the_neighbours() -> None:
     tables = tables_of(adapters, SMALL)
     x, y = torch.randn(8, 48).to(DEVICE), torch.zeros(8, 88, device=DEVICE)
     group = tables.group(list(SMALL))
-    add(x, y, group, Segments.of([(0, 3, tables.slot("a0")), (3, 8, tables.slot("a1"))], DEVICE))
+    add(x, y, group, segments([(0, 3, tables.slot("a0")), (3, 8, tables.slot("a1"))]))
     alone = torch.zeros(1, 88, device=DEVICE)
-    add(x[4:5], alone, group, Segments.of([(0, 1, tables.slot("a1"))], DEVICE))
+    add(x[4:5], alone, group, segments([(0, 1, tables.slot("a1"))]))
     assert torch.equal(alone[0], y[4])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernelcases import BLOCK, DEVICE, TOLERANCE, Paged, error
+from tests.kernelcases import BLOCK, DEVICE, TOLERANCE, Paged, decode_tiles, error
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from server.model.paged_triton import attend, decode_tiles, prefill_tiles, queries_for, splits_for, write
+from server.model.paged_triton import attend, prefill_tiles, queries_for, splits_for, write
 
 # numpy's, in the interpreter, about NaN put there
 pytestmark = [pytest.mark.filterwarnings("ignore:invalid value"), pytest.mark.filterwarnings("ignore:All-NaN")]

@@ -8,11 +8,11 @@ import weakref
 import pytest
 import torch
 
-from tests.kernelcases import DEVICE, adapter_of, base_of
+from tests.kernelcases import DEVICE, adapter_of, base_of, segments
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from server.lora.ops_triton import Segments, add
+from server.lora.ops_triton import add
 from server.lora.tables import AdapterTables
 from server.lora.weights import AdapterWeights, LoraPair
 
@@ -45,14 +45,14 @@ def test_slots_are_used_again_and_the_table_stays_in_place() -> None:
         slot = here.put(adapter)
         assert here.put(adapter) == slot == here.slot(name)
         y = torch.zeros(1, 32, device=DEVICE)
-        add(x, y, group, Segments.of([(0, 1, slot)], DEVICE))
+        add(x, y, group, segments([(0, 1, slot)]))
         pair = adapter.modules["q"]
         torch.testing.assert_close(y, x @ pair.a.t() @ pair.b, rtol=1e-4, atol=1e-4)
         here.drop(name)
         here.drop(name)
         assert len(here) == 0
         y.zero_()
-        add(x, y, group, Segments.of([(0, 1, slot)], DEVICE))
+        add(x, y, group, segments([(0, 1, slot)]))
         assert not y.any()  # an empty slot adds nothing
     assert group.table.data_ptr() == where == here.group(["q"]).table.data_ptr()
 
