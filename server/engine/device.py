@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from server.engine.graphs import Capture, DecodeGraphs, Step
 from server.engine.layout import BASE
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
-from server.lora.grouped import join, joinable
-from server.lora.layers import LoraStep, install
+from server.lora.grouped import install
 from server.lora.ops_triton import Segments, cut, is_long
 from server.lora.segmented import SegmentedLora
 from server.lora.tables import AdapterTables
@@ -48,11 +46,7 @@ class DeviceRunner:
         capture: Capture | None,
     ):
         self.base = base
-        groups = joinable(base.model, base.info)
-        joined = {name for names in groups for name in names}
-        single = {name: shape for name, shape in base.info.linears.items() if name not in joined}
-        self.lora: LoraStep = install(base.model, replace(base.info, linears=single))
-        join(base.model, groups, self.lora)
+        self._adapters = install(base.model, base.info)
         self.tables = AdapterTables(base.info, slots=slots, max_rank=max_rank, dtype=base.dtype, device=base.device)
         self.pool = attention.KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
         self._longest = -(-min(longest, blocks * block_size) // block_size) * block_size
@@ -156,13 +150,12 @@ class DeviceRunner:
     ) -> torch.Tensor:
         """Logits of the packed places `keep`, or of all (0)."""
         packed: Any = batch
-        adapters: Any = SegmentedLora(self.tables, segments) if segments is not None else None
-        self.lora.batch = adapters
+        self._adapters.batch = SegmentedLora(self.tables, segments) if segments is not None else None
         try:
             with attention.step(packed):
                 out = self.base.model(
                     input_ids=step["ids"], position_ids=step["positions"], use_cache=False, logits_to_keep=keep
                 )
         finally:
-            self.lora.batch = None
+            self._adapters.batch = None
         return out.logits[0]

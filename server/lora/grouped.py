@@ -1,4 +1,5 @@
-"""Linears that read the same input, as one product with one pair of LoRA launches (q, k and v; gate and up).
+"""The base's linears on CUDA, with LoRA. Those that read the same input (q, k and v; gate and up) are one product with
+one pair of LoRA launches.
 
 A decode step on a GPU is bound by its bytes and by the number of its launches; the bytes stay the same, the launches of
 a layer go from 7 products and 14 of LoRA's to 4 and 8. The model's own code goes on calling its linears one by one: the
@@ -14,26 +15,34 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
 
 from server.core import BaseInfo
-from server.lora.layers import LoraStep
+from server.lora.segmented import SegmentedLora
 
-# Names of neighbours that many families feed with one tensor. A wrong guess costs memory traffic, not correctness.
+# Names of neighbours that many families feed with one tensor. A wrong guess costs time, not correctness.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Adapters:
+    """The adapters of the step in progress, shared by all groups of one model; None while no row has one."""
+
+    def __init__(self) -> None:
+        self.batch: SegmentedLora | None = None
 
 
 class Group:
     """The joint weight [sum of outs, in] of the members, and what the last product has left for them."""
 
-    def __init__(self, names: tuple[str, ...], members: list[nn.Linear], step: LoraStep):
-        self.names, self.step = names, step
-        widths = [member.out_features for member in members]
-        self.weight = torch.cat([member.weight.detach() for member in members])
+    def __init__(self, names: tuple[str, ...], members: Sequence[nn.Module], adapters: Adapters):
+        self.names, self.adapters = names, adapters
+        weights, biases = zip(*(_dense(member) for member in members), strict=True)
+        self.weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.bias: torch.Tensor | None = None
-        if any(member.bias is not None for member in members):
-            none = self.weight.new_zeros(max(widths))
-            self.bias = torch.cat([none[: m.out_features] if m.bias is None else m.bias.detach() for m in members])
-        self._widths = widths
+        if any(bias is not None for bias in biases):
+            zeros = [weight.new_zeros(len(weight)) for weight in weights]
+            self.bias = torch.cat([z if bias is None else bias for z, bias in zip(zeros, biases, strict=True)])
+        self._widths = [len(weight) for weight in weights]
         self._input: torch.Tensor | None = None
         self._parts: dict[int, torch.Tensor] = {}
 
@@ -49,9 +58,8 @@ class Group:
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         y = linear(x, self.weight, self.bias)
-        batch: Any = self.step.batch
-        if batch is not None:
-            batch.add_group(self.names, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        if self.adapters.batch is not None:
+            self.adapters.batch.add(self.names, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return y
 
 
@@ -66,27 +74,37 @@ class GroupMember(nn.Module):
         return self._group.part(self._number, x)
 
 
-def joinable(model: Any, info: BaseInfo) -> list[tuple[str, ...]]:
-    """Names of the linears that can be joined, group by group: plain ones, of one input, next to each other in the
+def grouped(info: BaseInfo) -> list[tuple[str, ...]]:
+    """The names of all linears, group by group; those that are joined are of one input and next to each other in the
     model's order (as the tables of adapters want them)."""
     order = list(info.linears)
-    found = []
-    for at, name in enumerate(order):
-        parent, _, child = name.rpartition(".")
-        for group in _GROUPS:
-            names = tuple(f"{parent}.{member}" for member in group)
-            if child == group[0] and tuple(order[at : at + len(names)]) == names:
-                inputs = {info.linears[member].in_features for member in names}
-                plain = all(type(model.get_submodule(member)) is nn.Linear for member in names)
-                if plain and len(inputs) == 1:
-                    found.append(names)
+    found: list[tuple[str, ...]] = []
+    at = 0
+    while at < len(order):
+        parent, _, child = order[at].rpartition(".")
+        candidates = (tuple(f"{parent}.{name}" for name in group) for group in _GROUPS if child == group[0])
+        names = next((names for names in candidates if _joinable(names, order[at : at + len(names)], info)), None)
+        found.append(names or (order[at],))
+        at += len(found[-1])
     return found
 
 
-def join(model: Any, groups: Sequence[tuple[str, ...]], step: LoraStep) -> None:
-    """Replaces the linears of each group, whose weights are then held once, jointly."""
-    for names in groups:
-        group = Group(names, [model.get_submodule(name) for name in names], step)
+def _joinable(names: tuple[str, ...], there: list[str], info: BaseInfo) -> bool:
+    return tuple(there) == names and len({info.linears[name].in_features for name in names}) == 1
+
+
+def install(model: Any, info: BaseInfo) -> Adapters:
+    """Replaces every linear that takes adapters; a group's weights are held once, jointly."""
+    adapters = Adapters()
+    for names in grouped(info):
+        group = Group(names, [model.get_submodule(name) for name in names], adapters)
         for number, name in enumerate(names):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, GroupMember(group, number))
+    return adapters
+
+
+def _dense(member: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [out, in] and bias of a linear, or of a Conv1D, which holds its weight the other way round."""
+    weight, bias = member.weight.detach(), getattr(member, "bias", None)
+    return weight.t().contiguous() if isinstance(member, Conv1D) else weight, None if bias is None else bias.detach()

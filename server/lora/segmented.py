@@ -17,10 +17,7 @@ class SegmentedLora:
     tables: AdapterTables
     segments: Segments
 
-    def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y [tokens, out] += each token's own adapter's share of x [tokens, in], for the module `name`, in place."""
-        self.add_group((name,), x, y)
-
-    def add_group(self, names: tuple[str, ...], x: torch.Tensor, y: torch.Tensor) -> None:
-        """The same for modules of one input whose outputs lie side by side in y: one pair of launches for all."""
+    def add(self, names: tuple[str, ...], x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [tokens, outs] += each token's own adapter's share of x [tokens, in], in place, for the modules `names`,
+        which read the same x and whose outputs lie side by side in y: one pair of launches for all."""
         add(x, y, self.tables.group(names), self.segments)

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from server.core import BaseInfo, LinearShape
-from server.lora.grouped import join, joinable
-from server.lora.layers import LoraStep
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from server.lora.grouped import grouped, install
 
 
 class Layer(nn.Module):
@@ -44,20 +47,29 @@ class Noted:
     def __init__(self) -> None:
         self.groups: list[tuple[str, ...]] = []
 
-    def add_group(self, names: tuple[str, ...], x: torch.Tensor, y: torch.Tensor) -> None:
+    def add(self, names: tuple[str, ...], x: torch.Tensor, y: torch.Tensor) -> None:
         self.groups.append(names)
         y += 1
 
 
 def test_what_is_joined(model: nn.Module) -> None:
-    assert joinable(model, info_of(model)) == [
+    assert grouped(info_of(model)) == [
         ("layer.q_proj", "layer.k_proj", "layer.v_proj"),
+        ("layer.o_proj",),
         ("layer.gate_proj", "layer.up_proj"),
     ]
     layer: Any = model["layer"]  # type: ignore[index]
     layer.up_proj = nn.Linear(9, 6)  # of another input
     layer.v_proj = nn.Identity()
-    assert joinable(model, info_of(model)) == []
+    assert all(len(names) == 1 for names in grouped(info_of(model)))
+
+
+def test_a_transposed_linear_is_itself() -> None:
+    model: Any = nn.ModuleDict({"c_attn": Conv1D(6, 4)}).requires_grad_(False)
+    x, wanted = torch.randn(3, 4), model["c_attn"]
+    wanted = wanted(x)
+    install(model, BaseInfo("t", frozenset(), "", "gpt2", "G", {"c_attn": LinearShape(4, 6)}))
+    torch.testing.assert_close(model["c_attn"](x), wanted)
 
 
 @pytest.mark.parametrize("order", [("q", "k", "v"), ("v", "q", "k"), ("k", "k", "q"), ("q", "q", "v")])
@@ -66,8 +78,7 @@ def test_any_order_of_calls(model: nn.Module, order: tuple[str, ...]) -> None:
     x, other = torch.randn(1, 5, 8), torch.randn(1, 3, 8)
     plain = {name: getattr(layer, f"{name}_proj") for name in "qkv"}
     wanted = [(plain[name](x), plain[name](other)) for name in order]
-    step = LoraStep()
-    join(model, joinable(model, info_of(model)), step)
+    install(model, info_of(model))
     for name, (one, _) in zip(order, wanted, strict=True):
         torch.testing.assert_close(getattr(layer, f"{name}_proj")(x), one)
     for name, (one, two) in zip(order, wanted, strict=True):
@@ -79,9 +90,8 @@ def test_adapters_are_added_once_for_the_group(model: nn.Module) -> None:
     layer: Any = model["layer"]  # type: ignore[index]
     x = torch.randn(1, 5, 8)
     wanted = [linear(x) + 1 for linear in (layer.q_proj, layer.k_proj, layer.v_proj)]
-    step, batch = LoraStep(), Noted()
-    step.batch = batch  # type: ignore[assignment]
-    join(model, joinable(model, info_of(model)), step)
+    batch: Any = Noted()
+    install(model, info_of(model)).batch = batch
     got = [linear(x) for linear in (layer.q_proj, layer.k_proj, layer.v_proj)]
     for one, other in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, other)
@@ -92,7 +102,7 @@ def test_adapters_are_added_once_for_the_group(model: nn.Module) -> None:
 
 def test_nothing_is_held_once_all_have_asked(model: nn.Module) -> None:
     layer: Any = model["layer"]  # type: ignore[index]
-    join(model, joinable(model, info_of(model)), LoraStep())
+    install(model, info_of(model))
     x = torch.randn(1, 5, 8)
     for name in ("q_proj", "k_proj", "v_proj"):
         getattr(layer, name)(x)
