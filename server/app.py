@@ -19,7 +19,7 @@ from server.api.schemas import ErrorEnvelope
 from server.api.state import State
 from server.engine.blocks import BlockPool
 from server.engine.client import EngineClient
-from server.engine.engine import Engine
+from server.engine.engine import Engine, StepRunner
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.errors import OnebaseError
@@ -96,25 +96,48 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
     client = EngineClient(max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens)
     blocks = kv_tokens(settings, base) // BLOCK_SIZE
     pool = BlockPool(blocks, BLOCK_SIZE)
+    longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)
+    runner, bank = runner_and_bank(settings, base, blocks, longest)
     engine = Engine(
-        Runner(base, blocks=blocks, block_size=BLOCK_SIZE),
+        runner,
         Scheduler(
             pool,
             max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[base.device.type],
             max_running=settings.max_running,
             prefix_cache=settings.prefix_cache,
         ),
-        Bank(settings.adapter_slots, order(settings.eviction)),
+        bank,
         fetch=cache.get,
         emit=client.emit,
         threads=settings.threads or machine.cores(),
         prefetch_bytes=settings.ram_cache_bytes // 2,  # the other half keeps what is popular
     )
-    longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)
     state = State(settings, base, store, registry, cache, client, longest)
     if settings.preload is not None:
         preload(state, settings.preload)
     return state, engine
+
+
+def runner_and_bank(settings: Settings, base: Base, blocks: int, longest: int) -> tuple[StepRunner, Bank]:
+    """What runs the steps, for sequences of at most `longest` tokens, and the slots of the adapters that it serves."""
+    slots, policy = settings.adapter_slots, order(settings.eviction)
+    if base.device.type != "cuda":
+        return Runner(base, blocks=blocks, block_size=BLOCK_SIZE), Bank(slots, policy)
+    from server.engine.device import DeviceRunner  # needs triton, which comes with torch's CUDA build
+    from server.engine.graphs import CudaCapture
+
+    runner = DeviceRunner(
+        base,
+        blocks=blocks,
+        block_size=BLOCK_SIZE,
+        slots=slots,
+        max_rank=settings.max_rank,
+        most_rows=settings.max_running,
+        longest=longest,
+        capture=CudaCapture(),
+    )
+    runner.warm()
+    return runner, Bank(slots, policy, runner.forget)
 
 
 def kv_tokens(settings: Settings, base: Base) -> int:

@@ -9,6 +9,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton: it reads this only once
+
 from transformers.utils import logging as hf_logging
 
 hf_logging.disable_progress_bar()

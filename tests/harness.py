@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ class Harness:
         max_running: int = 64,
         prefix_cache: bool = True,
         prefetch_bytes: int = 2**30,
+        runner: Callable[..., Any] | None = None,
     ):
         self.base = base
         self.folders: dict[str, Path] = {}
@@ -73,8 +74,8 @@ class Harness:
             max_running=max_running,
             prefix_cache=prefix_cache,
         )
-        self.bank = Bank(slots)
-        self.runner = Runner(base, blocks=blocks, block_size=block_size)
+        self.runner: Any = (runner or Runner)(base, blocks=blocks, block_size=block_size)
+        self.bank = Bank(slots, None, getattr(self.runner, "forget", lambda digest: None))
         self.engine = Engine(
             self.runner,
             self.scheduler,

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
+from typing import Protocol
 
 from server.engine.blocks import chain_seed
 from server.engine.loading import AdapterLoader
 from server.engine.messages import Cancel, Delta, Done, Event, Fetched, Loaded, Residency, Stats, Submit
-from server.engine.runner import Runner
 from server.engine.sampler import Choice
 from server.engine.scheduler import Scheduler, Work
 from server.engine.sequence import Request, Sequence
@@ -24,6 +24,7 @@ from server.errors import EngineFailure, OnebaseError, Overloaded
 from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.weights import AdapterWeights
+from server.model.loader import Base
 
 log = logging.getLogger("onebase.engine")
 
@@ -35,13 +36,21 @@ class Stop:
     fault: OnebaseError
 
 
+class StepRunner(Protocol):
+    """Computes a step of scheduled work on `base`, and chooses a token for each item that needs one."""
+
+    base: Base
+
+    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]: ...
+
+
 class Engine:
     """Runs until `stop`. `emit` is called on the engine's thread with the events of a step, in order. `prefetch_bytes`
     bounds the adapters that are held in RAM for requests without a slot."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         scheduler: Scheduler,
         bank: Bank,
         *,

@@ -18,9 +18,10 @@ import torch
 
 from server.engine.messages import Fetched, Loaded, Residency
 from server.engine.sequence import Request
+from server.engine.uploading import Uploader
 from server.errors import AdapterUnavailable, OnebaseError
 from server.lora.bank import Bank
-from server.lora.weights import AdapterWeights, LoraPair
+from server.lora.weights import AdapterWeights
 
 log = logging.getLogger("onebase.engine")
 
@@ -45,8 +46,8 @@ class AdapterLoader:
         device: torch.device,
         prefetch_bytes: int,
     ):
-        self.bank, self._fetch, self._post, self._device = bank, fetch, post, device
-        self._prefetch_bytes = prefetch_bytes
+        self.bank, self._fetch, self._post, self._upload = bank, fetch, post, Uploader(device)
+        self._device, self._prefetch_bytes = device, prefetch_bytes
         self._lacking: dict[str, Request] = {}  # by request id, in the order of arrival
         self._loading: set[str] = set()  # on their way to the slot they have
         self._fetching: set[str] = set()  # on their way to RAM
@@ -228,7 +229,7 @@ class AdapterLoader:
 
     def _bring(self, digest: str, weights: AdapterWeights | None) -> None:
         try:
-            weights = to_device(weights or self._fetch(digest), self._device)
+            weights = self._upload(weights or self._fetch(digest))
         except OnebaseError as fault:
             self._post(Loaded(digest, None, fault))
         except Exception:  # whatever it is, the requests that wait for it must end
@@ -236,23 +237,3 @@ class AdapterLoader:
             self._post(Loaded(digest, None, AdapterUnavailable("the adapter could not be loaded")))
         else:
             self._post(Loaded(digest, weights, None))
-
-
-def to_device(weights: AdapterWeights, device: torch.device) -> AdapterWeights:
-    """The adapter's tensors on `device`; on the CPU they are where they should be already."""
-    if device.type == "cpu":
-        return weights
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        modules = {
-            name: LoraPair(pair.a.to(device, non_blocking=True), pair.b.to(device, non_blocking=True))
-            for name, pair in weights.modules.items()
-        }
-    stream.synchronize()
-    # The memory goes back to the loading stream's pool when the last reference is dropped; a step that still reads it
-    # may be queued on the engine's stream then, and the next load must wait for it.
-    engine_stream = torch.cuda.default_stream(device)
-    for pair in modules.values():
-        pair.a.record_stream(engine_stream)
-        pair.b.record_stream(engine_stream)
-    return AdapterWeights(digest=weights.digest, modules=modules, rank=weights.rank, nbytes=weights.nbytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.lora.eviction import LeastRecent, Order, reload_cost
@@ -19,10 +20,13 @@ class Slot:
 
 
 class Bank:
-    """Owned by the engine's thread, hence no lock. An adapter is found by its content digest and by nothing else."""
+    """Owned by the engine's thread, hence no lock. An adapter is found by its content digest and by nothing else.
 
-    def __init__(self, slots: int, order: Order | None = None):
-        self.capacity = slots
+    `evicted` is called with the digest of each adapter that leaves.
+    """
+
+    def __init__(self, slots: int, order: Order | None = None, evicted: Callable[[str], None] = lambda digest: None):
+        self.capacity, self._evicted = slots, evicted
         self._slots: dict[str, Slot] = {}
         self._order = order or LeastRecent()
         self.loads = self.evictions = 0
@@ -79,6 +83,7 @@ class Bank:
             victim = min(idle, key=lambda slot: (not slot.draining, self._order.rank(slot.digest)))
             del self._slots[victim.digest]
             self._order.leave(victim.digest)
+            self._evicted(victim.digest)
             self.evictions += 1
         self._slots[digest] = Slot(digest)
         return True

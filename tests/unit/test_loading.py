@@ -238,7 +238,7 @@ def test_early_fetches_that_find_no_slot_stay_within_the_bytes() -> None:
 
 def test_on_another_device_only_the_second_move_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
-    monkeypatch.setattr(loading, "to_device", lambda weights, _: moved.append(weights.digest) or weights)
+    monkeypatch.setattr(loading, "Uploader", lambda _: lambda weights: moved.append(weights.digest) or weights)
     one = Loading(1, device="cuda")
     running = one.request("a")
     one.settle()

@@ -1,0 +1,162 @@
+"""Runs steps on CUDA: the Triton kernels for attention and LoRA, CUDA graphs for decode steps."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+
+from server.engine import layout
+from server.engine.buffers import upload
+from server.engine.graphs import Capture, DecodeGraphs, Step
+from server.engine.layout import BASE
+from server.engine.sampler import Choice, Row, sample
+from server.engine.scheduler import Work
+from server.lora.grouped import install
+from server.lora.ops_triton import Segments, cut, is_long
+from server.lora.segmented import SegmentedLora
+from server.lora.tables import AdapterTables
+from server.model import attention
+from server.model.kv import KVPool
+from server.model.loader import Base
+from server.model.paged import PagedBatch
+
+log = logging.getLogger("onebase.engine")
+
+
+class DeviceRunner:
+    """Owns the model, the KV pool, the tables of adapters and the graphs. Used by the engine's thread only.
+
+    `slots`: adapters on the device at once, none of a rank over `max_rank`; `forget` must be called for each that
+    leaves. `most_rows` and `longest`: running rows, and tokens of one, at most. `capture`: how graphs are made (None:
+    no graphs, every step is launched from Python).
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        blocks: int,
+        block_size: int,
+        slots: int,
+        max_rank: int,
+        most_rows: int,
+        longest: int,
+        capture: Capture | None,
+    ):
+        self.base = base
+        self._adapters = install(base.model, base.info)
+        self.tables = AdapterTables(base.info, slots=slots, max_rank=max_rank, dtype=base.dtype, device=base.device)
+        self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
+        self._longest = -(-min(longest, blocks * block_size) // block_size) * block_size
+        self._graphs: DecodeGraphs | None = None
+        if capture is not None:
+            self._graphs = DecodeGraphs(
+                self._replayable,
+                capture,
+                most_rows=most_rows,
+                width=self._longest // block_size,
+                block_size=block_size,
+                null_block=self.pool.null_block,
+                device=base.device,
+            )
+
+    def warm(self) -> None:
+        """Compiles every kernel and captures every graph, so that no request waits for that."""
+        with torch.inference_mode():
+            for long in (True, False):
+                self._warm_prefill(long)
+            if self._graphs is None:
+                return
+            try:
+                self._graphs.warm()
+            except RuntimeError:  # the family's own code waits for the device in its forward, say
+                log.warning("decode steps run without CUDA graphs: this base cannot be captured", exc_info=True)
+                self._graphs = None
+
+    def forget(self, digest: str) -> None:
+        """An adapter has left the device."""
+        self.tables.drop(digest)
+
+    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
+        """Computes `work` and returns a choice for each item that reached its sequence's last token."""
+        with torch.inference_mode():
+            rows = layout.arrange(work, [self._slot(item) for item in work])
+            sampled = [row for row in rows if row.work.samples]
+            logits = self._decode(rows, sampled)
+            if logits is None:
+                logits = self._eager(rows, [row.end - 1 for row in sampled])
+            if not sampled:
+                return []
+            sequences = [row.work.sequence for row in sampled]
+            chosen = sample(
+                logits.float(), [Row(s.request.submit.sampling, s.index, s.tokens, s.prompt_length) for s in sequences]
+            )
+            return [(row.work, choice) for row, choice in zip(sampled, chosen, strict=True)]
+
+    def _slot(self, item: Work) -> int:
+        weights = item.sequence.request.weights
+        return BASE if weights is None else self.tables.put(weights)
+
+    def _decode(self, rows: list[layout.Row], sampled: list[layout.Row]) -> torch.Tensor | None:
+        """The sampled rows' logits by a graph, if there is one for this step."""
+        logits = self._graphs.run(rows) if self._graphs is not None else None
+        if logits is None or len(sampled) == len(rows):
+            return logits
+        return logits[[row.start for row in sampled]]
+
+    def _replayable(self, step: Step, lora: bool) -> torch.Tensor:
+        """A decode step on buffers that stay where they are: logits of every row."""
+        segments = Segments(step["starts"], step["ends"], step["owners"]) if lora else None
+        batch = PagedBatch(self.pool, step["slots"], step["tables"], step["decodes"], self._longest)
+        return self._forward(step, batch, segments, 0)
+
+    def _eager(self, rows: list[layout.Row], last: list[int]) -> torch.Tensor:
+        """Any step: logits at the packed places `last` (one of no use where there are none)."""
+        runs = layout.runs(rows)
+        long = is_long(runs)
+        host = {
+            **layout.tokens(rows, self.pool.block_size),
+            **layout.columns(cut(runs, long)),
+            "tables": layout.tables(rows, self.pool.block_size, self.pool.null_block),
+            "decodes": layout.decodes(rows),
+            "last": layout.vector(last or [0]),
+        }
+        step = upload(host, self.base.device)
+        segments = Segments(step["starts"], step["ends"], step["owners"], long) if runs else None
+        decodes = step["decodes"] if len(step["decodes"]) else None
+        # Not the rows' own longest: the kernels are compiled for a number of splits, and the graphs know this one's.
+        batch = PagedBatch(self.pool, step["slots"], step["tables"], decodes, self._longest, layout.chunks(rows))
+        return self._forward(step, batch, segments, step["last"])
+
+    def _warm_prefill(self, long: bool) -> None:
+        """A prompt of token 0 in the null block. A short one will do: kernels are compiled for tiles, not lengths."""
+        null, size, tokens = self.pool.null_block, self.pool.block_size, 2
+        host = {
+            "ids": np.zeros((1, tokens), np.int64),
+            "positions": np.arange(tokens)[None],
+            "slots": np.full(tokens, null * size),
+            "tables": np.full((1, 1), null, np.int32),
+            **layout.columns(cut([(0, tokens, 0)], long)),
+        }
+        step = upload(host, self.base.device)
+        batch = PagedBatch(self.pool, step["slots"], step["tables"], None, 0, [(0, tokens, 0, 0)])
+        for segments in (None, Segments(step["starts"], step["ends"], step["owners"], long)):
+            self._forward(step, batch, segments, 1)
+
+    def _forward(
+        self, step: Step, batch: PagedBatch, segments: Segments | None, keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        """Logits of the packed places `keep`, or of all (0)."""
+        packed: Any = batch
+        self._adapters.batch = SegmentedLora(self.tables, segments) if segments is not None else None
+        try:
+            with attention.step(packed):
+                out = self.base.model(
+                    input_ids=step["ids"], position_ids=step["positions"], use_cache=False, logits_to_keep=keep
+                )
+        finally:
+            self._adapters.batch = None
+        return out.logits[0]
