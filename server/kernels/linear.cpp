@@ -32,11 +32,14 @@ constexpr int64_t BLOCK_ROWS = 64, BLOCK_STEPS = 256;
 #endif
 }
 
-// sums [rows, PANEL] += x [rows, steps] times the panel w [steps, PANEL]; `stride` words lie between rows of x.
-template <int rows> void tile(const uint32_t *x, int64_t stride, const uint32_t *w, int64_t steps, float *sums) {
+// sums [rows, PANEL] += x [rows, steps] times the panel w [steps, PANEL]; `stride` words lie between rows of x. With
+// `ahead`, what follows these steps in memory is fetched meanwhile: w itself is in the cache, another tile has read it.
+template <int rows, bool ahead = false>
+void tile(const uint32_t *x, int64_t stride, const uint32_t *w, int64_t steps, float *sums) {
     vfloat acc[rows][VECTORS] = {};
     for (int64_t s = 0; s < steps; s++, w += PANEL) {
-        for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + 16 * PANEL + v * LANES);
+        if (ahead)
+            for (int v = 0; v < VECTORS; v++) __builtin_prefetch(w + steps * PANEL + v * LANES, 0, 2);
         vword column[VECTORS];
         for (int v = 0; v < VECTORS; v++) column[v] = *(const vword_u *)(w + v * LANES);
 #pragma GCC unroll 8
@@ -59,8 +62,11 @@ void put(value *to, const float *from, int64_t width) {
 }
 
 void tiles(const uint32_t *x, int64_t stride, const uint32_t *w, int64_t steps, int64_t rows, float *sums) {
-    for (; rows >= ROWS; rows -= ROWS, x += ROWS * stride, sums += ROWS * PANEL)
-        tile<ROWS>(x, stride, w, steps, sums);
+    for (int64_t done = 0; rows >= ROWS; rows -= ROWS, done++, x += ROWS * stride, sums += ROWS * PANEL)
+        if (done == 1)
+            tile<ROWS, true>(x, stride, w, steps, sums);
+        else
+            tile<ROWS>(x, stride, w, steps, sums);
     switch (rows) {
     case 1: tile<1>(x, stride, w, steps, sums); break;
     case 2: tile<2>(x, stride, w, steps, sums); break;
