@@ -80,24 +80,41 @@ void tiles(const uint32_t *x, int64_t stride, const uint32_t *w, int64_t steps, 
     }
 }
 
+// One of the products of the same x. `bias` may be null.
+struct Product {
+    const uint32_t *w;
+    const float *bias;
+    value *y;
+    int64_t outs;
+
+    int64_t panels() const { return (outs + PANEL - 1) / PANEL; }
+};
+
+// `count` rows of x from `first` on, times panel p.
+void panel(const uint32_t *x, int64_t first, int64_t count, int64_t steps, const Product &product, int64_t p) {
+    alignas(64) float sums[BLOCK_ROWS * PANEL], start[PANEL] = {};
+    int64_t column = p * PANEL, width = std::min<int64_t>(PANEL, product.outs - column);
+    if (product.bias) memcpy(start, product.bias + column, width * sizeof(float));
+    for (int64_t r = 0; r < count; r++) memcpy(sums + r * PANEL, start, sizeof(start));
+    for (int64_t s = 0; s < steps; s += BLOCK_STEPS)
+        tiles(x + first * steps + s, steps, product.w + (p * steps + s) * PANEL, std::min(BLOCK_STEPS, steps - s),
+              count, sums);
+    for (int64_t r = 0; r < count; r++) put(product.y + (first + r) * product.outs + column, sums + r * PANEL, width);
+}
 } // namespace
 
 extern "C" int64_t panel_width() { return PANEL; }
 
-extern "C" void linear(const uint32_t *x, int64_t rows, int64_t steps, const uint32_t *w, const float *bias,
-                       int64_t outs, value *y) {
-    int64_t panels = (outs + PANEL - 1) / PANEL, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+// Each product's y [rows, outs] of the same x [rows, steps].
+extern "C" void linear(const uint32_t *x, int64_t rows, int64_t steps, const Product *products, int64_t count) {
+    int64_t panels = 0, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    for (int64_t i = 0; i < count; i++) panels += products[i].panels();
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t p = 0; p < panels; p++)
         for (int64_t b = 0; b < blocks; b++) {
-            alignas(64) float sums[BLOCK_ROWS * PANEL], start[PANEL] = {};
-            int64_t first = b * BLOCK_ROWS, count = std::min(BLOCK_ROWS, rows - first);
-            int64_t column = p * PANEL, width = std::min<int64_t>(PANEL, outs - column);
-            if (bias) memcpy(start, bias + column, width * sizeof(float));
-            for (int64_t r = 0; r < count; r++) memcpy(sums + r * PANEL, start, sizeof(start));
-            for (int64_t s = 0; s < steps; s += BLOCK_STEPS)
-                tiles(x + first * steps + s, steps, w + (p * steps + s) * PANEL, std::min(BLOCK_STEPS, steps - s),
-                      count, sums);
-            for (int64_t r = 0; r < count; r++) put(y + (first + r) * outs + column, sums + r * PANEL, width);
+            const Product *product = products;
+            int64_t mine = p, first = b * BLOCK_ROWS;
+            for (; mine >= product->panels(); product++) mine -= product->panels();
+            panel(x, first, std::min(BLOCK_ROWS, rows - first), steps, *product, mine);
         }
 }

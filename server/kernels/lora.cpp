@@ -60,11 +60,45 @@ void add(const value *x, const value *a, const value *b, int64_t rank, int64_t i
             set(y + t * out + o, get(y + t * out + o) + total);
         }
 }
+
+// One linear of the base: its number in the adapters' tables, and its output for the same x.
+struct Target {
+    value *y;
+    int64_t module, out;
+};
+
+// Tokens first..end for one target; `next` is the table of the adapter that this thread comes to afterwards.
+void tokens_of(const value *x, int64_t in, const int64_t *const *tables, int64_t first, int64_t end,
+               const int64_t *next, const Target &target, std::vector<float> &s) {
+    auto entry = [&](const int64_t *table) {
+        return table && table[3 * target.module + 2] ? table + 3 * target.module : nullptr;
+    };
+    const int64_t *ahead = entry(next);
+    for (int64_t t = first; t < end;) {
+        const int64_t *mine = entry(tables[t]);
+        if (!mine) {
+            t++;
+            continue;
+        }
+        int64_t rank = mine[2], out = target.out;
+        const value *a = (const value *)mine[0], *b = (const value *)mine[1];
+        if (ahead && ahead != mine) fetch((const void *)ahead[0], ahead[2] * in * sizeof(value));
+        if ((int64_t)s.size() < TILE * rank) s.resize(TILE * rank);
+        if (t + TILE <= end && std::count(tables + t, tables + t + TILE, tables[t]) == TILE) {
+            add<TILE>(x + t * in, a, b, rank, in, out, s.data(), target.y + t * out);
+            t += TILE;
+        } else {
+            fetch(b, rank * out * sizeof(value));
+            add<1>(x + t * in, a, b, rank, in, out, s.data(), target.y + t * out);
+            t++;
+        }
+    }
+}
 } // namespace
 
-extern "C" void lora(const value *x, value *y, const int64_t *const *tables, int64_t tokens, int64_t module, int64_t in,
-                     int64_t out) {
-    auto entry = [=](int64_t t) { return tables[t] && tables[t][3 * module + 2] ? tables[t] + 3 * module : nullptr; };
+// For each target, y [tokens, out] += (x [tokens, in] A^T) B; tables [tokens].
+extern "C" void lora(const value *x, int64_t in, const int64_t *const *tables, int64_t tokens, const Target *targets,
+                     int64_t count) {
 #pragma omp parallel
     {
         std::vector<float> s;
@@ -72,26 +106,8 @@ extern "C" void lora(const value *x, value *y, const int64_t *const *tables, int
 #pragma omp for schedule(static, 1)
         for (int64_t first = 0; first < tokens; first += step) {
             int64_t end = std::min(first + step, tokens), ahead = first + threads * step;
-            const int64_t *next = ahead < tokens ? entry(ahead) : nullptr;
-            for (int64_t t = first; t < end;) {
-                const int64_t *mine = entry(t);
-                if (!mine) {
-                    t++;
-                    continue;
-                }
-                int64_t rank = mine[2];
-                const value *a = (const value *)mine[0], *b = (const value *)mine[1];
-                if (next && next != mine) fetch((const void *)next[0], next[2] * in * sizeof(value));
-                if ((int64_t)s.size() < TILE * rank) s.resize(TILE * rank);
-                if (t + TILE <= end && std::count(tables + t, tables + t + TILE, tables[t]) == TILE) {
-                    add<TILE>(x + t * in, a, b, rank, in, out, s.data(), y + t * out);
-                    t += TILE;
-                } else {
-                    fetch(b, rank * out * sizeof(value));
-                    add<1>(x + t * in, a, b, rank, in, out, s.data(), y + t * out);
-                    t++;
-                }
-            }
+            const int64_t *next = ahead < tokens ? tables[ahead] : nullptr;
+            for (int64_t i = 0; i < count; i++) tokens_of(x, in, tables, first, end, next, targets[i], s);
         }
     }
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +16,31 @@ _VALUES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight [outs, ins] laid out for `Kernels.linear`. `bias` [outs] is float32; `addresses` are those of both."""
+    """A weight [outs, ins] laid out for `Kernels.linears`. `bias` [outs] is float32."""
 
     data: torch.Tensor
     bias: torch.Tensor | None
     outs: int
     steps: int
-    addresses: tuple[int, int | None]
+
+
+class Products:
+    """Weights that are multiplied by the same x, as linear.cpp is told of them. One thread uses an object at a time."""
+
+    def __init__(self, weights: Sequence[Packed]):
+        self.weights, self.count, self.steps = weights, len(weights), weights[0].steps
+        self.outs = [weight.outs for weight in weights]
+        rows = [(w.data.data_ptr(), 0 if w.bias is None else w.bias.data_ptr(), 0, w.outs) for w in weights]
+        self.records = (ctypes.c_int64 * (4 * self.count))(*itertools.chain.from_iterable(rows))
+
+
+class Targets:
+    """Linears of the same input as lora.cpp is told of them: their numbers in the adapters' tables, and their outs."""
+
+    def __init__(self, modules: Sequence[int], outs: Sequence[int]):
+        self.count = len(modules)
+        rows = [(0, module, out) for module, out in zip(modules, outs, strict=True)]
+        self.records = (ctypes.c_int64 * (3 * self.count))(*itertools.chain.from_iterable(rows))
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
@@ -35,7 +55,7 @@ class Kernels:
 
     def __init__(self, built: ctypes.CDLL, dtype: torch.dtype):
         self._built, self.dtype = built, dtype
-        self._linear = built.linear
+        self._linear, self._lora = built.linear, built.lora
         self._panel = int(built.panel_width())
         self._per_word = 4 // dtype.itemsize
 
@@ -48,29 +68,32 @@ class Kernels:
         if panels * self._panel != outs:
             weight = torch.cat((weight, weight.new_zeros(panels * self._panel - outs, ins)))
         data = weight.view(panels, self._panel, steps, self._per_word).transpose(1, 2).contiguous()
-        bias = None if bias is None else bias.float().contiguous()
-        return Packed(data, bias, outs, steps, (data.data_ptr(), None if bias is None else bias.data_ptr()))
+        return Packed(data, None if bias is None else bias.float().contiguous(), outs, steps)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The weight [outs, ins] again, bit for bit."""
         whole = packed.data.transpose(1, 2).reshape(-1, packed.steps * self._per_word)
         return whole[: packed.outs].contiguous()
 
-    def linear(self, x: torch.Tensor, w: Packed) -> torch.Tensor:
-        """x [..., ins] -> x W^T + bias [..., outs]. A row's result does not depend on the other rows."""
+    def linears(self, x: torch.Tensor, products: Products) -> list[torch.Tensor]:
+        """x [..., ins] -> for each weight x W^T + bias [..., outs]. A row's result does not depend on the others."""
         x = x.contiguous()
-        y = x.new_empty((*x.shape[:-1], w.outs))
-        self._linear(x.data_ptr(), y.numel() // w.outs, w.steps, *w.addresses, w.outs, y.data_ptr())
-        return y
+        shape, records = x.shape[:-1], products.records
+        found = [x.new_empty((*shape, outs)) for outs in products.outs]
+        for number, y in enumerate(found):
+            records[4 * number + 2] = y.data_ptr()
+        self._linear(x.data_ptr(), found[0].numel() // products.outs[0], products.steps, records, products.count)
+        return found
 
-    def lora(self, x: torch.Tensor, y: torch.Tensor, tables: torch.Tensor, module: int) -> None:
-        """y [tokens, out] += (x [tokens, in] A^T) B in place, A and B those of `module` in each token's table.
+    def loras(self, x: torch.Tensor, found: Sequence[torch.Tensor], tables: torch.Tensor, targets: Targets) -> None:
+        """Adds (x [..., ins] A^T) B to each target's output, in place, by each token's own adapter.
 
         `tables` [tokens] int64: the address of the token's adapter table ([modules, 3] int64: A, B, rank), 0: none.
         """
-        self._built.lora(
-            x.data_ptr(), y.data_ptr(), tables.data_ptr(), tables.shape[0], module, x.shape[-1], y.shape[-1]
-        )
+        x, records = x.contiguous(), targets.records
+        for number, y in enumerate(found):
+            records[3 * number] = y.data_ptr()
+        self._lora(x.data_ptr(), x.shape[-1], tables.data_ptr(), tables.shape[0], records, targets.count)
 
     def rope(self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
         """Rotary embedding in place: query, key [tokens, heads, dim]; cosine, sine [tokens, rotary <= dim]."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
-from server.kernels.ops import Kernels
+from server.kernels.ops import Kernels, Products
 
 
 class Dense:
@@ -27,11 +27,12 @@ class Dense:
         self.bias = None if bias is None else bias.detach()
         self.kernels = kernels
         self.packed = kernels.pack(weight, self.bias) if kernels is not None else None
+        self._products = Products([self.packed]) if self.packed is not None else None
         self.weight = weight if self.packed is None else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed is not None and self.kernels is not None:
-            return self.kernels.linear(x, self.packed)
+        if self._products is not None and self.kernels is not None:
+            return self.kernels.linears(x, self._products)[0]
         assert self.weight is not None
         return linear(x, self.weight, self.bias)
 

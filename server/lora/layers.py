@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from server.core import BaseInfo
-from server.kernels.ops import Kernels
+from server.kernels.ops import Kernels, Products, Targets
 from server.lora.dense import Dense, Head
+from server.lora.groups import grouped, put
 from server.lora.weights import AdapterWeights
 
 
@@ -28,15 +29,13 @@ class LoraBatch:
     tables: torch.Tensor | None = None
     runs: Sequence[tuple[int, int, AdapterWeights]] = ()
 
-    def add(self, linear: LoraLinear, x: torch.Tensor, y: torch.Tensor) -> None:
-        """y [tokens, out] += (x [tokens, in] A^T) B of each token's adapter, in place; scaling is inside B.
+    def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """y [tokens, out] += (x [tokens, in] A^T) B of each run's adapter, in place; scaling is inside B.
 
         No token's numbers ever meet another adapter's: one row's NaN is not its neighbours' business.
         """
-        if self.tables is not None and linear.dense.kernels is not None:
-            linear.dense.kernels.lora(x, y, self.tables, linear.number)
         for start, end, adapter in self.runs:
-            pair = adapter.modules.get(linear.name)
+            pair = adapter.modules.get(name)
             if pair is not None:
                 y[start:end].addmm_(x[start:end] @ pair.a.t(), pair.b)
 
@@ -48,27 +47,37 @@ class LoraStep:
         self.batch: LoraBatch | None = None
 
 
-class LoraLinear(nn.Module):
-    """The base's product plus each row's adapter."""
+class LoraLinears:
+    """The base's products of one input, plus each row's adapter."""
 
-    def __init__(self, name: str, number: int, dense: Dense, step: LoraStep):
-        super().__init__()
-        self.name, self.number, self.dense, self.step = name, number, dense, step
+    def __init__(self, names: Sequence[str], numbers: Sequence[int], dense: Sequence[Dense], step: LoraStep):
+        self.dense, self._names, self._step, self._kernels = dense, names, step, dense[0].kernels
+        packed = [one.packed for one in dense if one.packed is not None]
+        self._products = Products(packed) if len(packed) == len(dense) else None
+        self._targets = Targets(numbers, [one.out_features for one in dense])
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y, batch = self.dense(x), self.step.batch
-        if batch is not None and self.name in batch.touched:
-            batch.add(self, x.reshape(-1, self.dense.in_features), y.view(-1, self.dense.out_features))
-        return y
+    def outputs(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """x [..., in] -> each linear's output [..., out]."""
+        kernels, batch = self._kernels, self._step.batch
+        if kernels is not None and self._products is not None:
+            found = kernels.linears(x, self._products)
+        else:
+            found = [one(x) for one in self.dense]
+        if batch is None or batch.touched.isdisjoint(self._names):
+            return found
+        if kernels is not None and batch.tables is not None:
+            kernels.loras(x, found, batch.tables, self._targets)
+        for name, y in zip(self._names, found, strict=True):
+            batch.add(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return found
 
 
 def install(model: Any, info: BaseInfo, kernels: Kernels | None) -> LoraStep:
     """Replaces the linear layers of `model` by LoRA-aware ones, and the output head by a packed one."""
-    step = LoraStep()
-    for number, name in enumerate(info.linears):
-        parent, _, child = name.rpartition(".")
-        dense = Dense(model.get_submodule(name), kernels)
-        setattr(model.get_submodule(parent), child, LoraLinear(name, number, dense, step))
+    step, numbers = LoraStep(), {name: number for number, name in enumerate(info.linears)}
+    for names in grouped(info):
+        dense = [Dense(model.get_submodule(name), kernels) for name in names]
+        put(model, names, LoraLinears(names, [numbers[name] for name in names], dense, step))
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         model.set_output_embeddings(Head(head, kernels))

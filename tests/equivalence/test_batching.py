@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.lora.layers import LoraLinear
+from server.lora.groups import GroupMember
 from tests.exactness import assert_same
 from tests.families import ATTENTION, FAMILIES, MLP, VOCABULARY, Oracle, prompts_of, save_adapter, save_model
 from tests.harness import fresh_base, running
@@ -169,7 +169,8 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
     """Copies of every weight: parameters, and those that are laid out anew for the machine."""
     copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        dense = module.dense if isinstance(module, LoraLinear) else getattr(module, "_dense", None)
+        group = getattr(module.shared, "group", None) if isinstance(module, GroupMember) else None
+        dense = group.dense[module.number] if group else getattr(module, "_dense", None)
         if dense is not None:
             copies[name] = (dense.packed.data if dense.packed is not None else dense.weight).clone()
     return copies

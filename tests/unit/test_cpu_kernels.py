@@ -9,10 +9,20 @@ import pytest
 import torch
 
 from server.kernels import library
-from server.kernels.ops import Kernels, kernels_for
+from server.kernels.ops import Kernels, Packed, Products, Targets, kernels_for
 from server.lora.weights import LoraPair
 
 CPU = torch.device("cpu")
+
+
+def linear(kernels: Kernels, x: torch.Tensor, packed: Packed) -> torch.Tensor:
+    return kernels.linears(x, Products([packed]))[0]
+
+
+def lora(kernels: Kernels, x: torch.Tensor, y: torch.Tensor, tables: torch.Tensor, module: int) -> None:
+    kernels.loras(x, [y], tables, Targets([module], [y.shape[-1]]))
+
+
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # of the largest value
 
 
@@ -40,7 +50,7 @@ def test_linear(kernels: Kernels, outs: int, ins: int, bias: bool) -> None:
     for rows in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 23, 64, 65, 130):
         x = torch.randn(rows, ins).to(kernels.dtype)
         wanted = x.double() @ weight.double().t() + (0 if shift is None else shift.double())
-        assert_near(kernels.linear(x, packed), wanted)
+        assert_near(linear(kernels, x, packed), wanted)
 
 
 def test_a_row_does_not_depend_on_the_others(kernels: Kernels) -> None:
@@ -48,11 +58,11 @@ def test_a_row_does_not_depend_on_the_others(kernels: Kernels) -> None:
     packed = kernels.pack(torch.randn(200, 576).to(kernels.dtype), None)
     assert packed is not None
     x = torch.randn(70, 576).to(kernels.dtype)
-    whole = kernels.linear(x, packed)
+    whole = linear(kernels, x, packed)
     for rows in (1, 3, 8, 13, 64):
-        assert torch.equal(kernels.linear(x[:rows], packed), whole[:rows])
+        assert torch.equal(linear(kernels, x[:rows], packed), whole[:rows])
     x[5] = torch.nan
-    dirty = kernels.linear(x, packed)
+    dirty = linear(kernels, x, packed)
     assert dirty[5].isnan().all()
     keep = [at for at in range(70) if at != 5]
     assert torch.equal(dirty[keep], whole[keep])
@@ -88,7 +98,7 @@ def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs:
         addresses = torch.tensor([tables[owner].data_ptr() if owner >= 0 else 0 for owner in owners])
         for module in (0, 1):
             out = y.clone()
-            kernels.lora(x, out, addresses, module)
+            lora(kernels, x, out, addresses, module)
             for at, owner in enumerate(owners):
                 pair = pairs[owner][module] if owner >= 0 else None
                 if pair is None:
@@ -96,7 +106,7 @@ def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs:
                     continue
                 assert_near(out[at], y[at].double() + (x[at].double() @ pair.a.double().t()) @ pair.b.double())
                 alone = y[at : at + 1].clone()
-                kernels.lora(x[at : at + 1], alone, addresses[at : at + 1].clone(), module)
+                lora(kernels, x[at : at + 1], alone, addresses[at : at + 1].clone(), module)
                 assert torch.equal(alone[0], out[at]), "a token's result does not depend on the others"
 
 
@@ -107,7 +117,7 @@ def test_loras_nan_stays_in_its_row(kernels: Kernels) -> None:
     )
     tables = tables_of([[bad], [good]])
     x, y = torch.ones(12, 64).to(kernels.dtype), torch.zeros(12, 64).to(kernels.dtype)
-    kernels.lora(x, y, torch.tensor([tables[at % 3 == 0].data_ptr() if at % 3 < 2 else 0 for at in range(12)]), 0)
+    lora(kernels, x, y, torch.tensor([tables[at % 3 == 0].data_ptr() if at % 3 < 2 else 0 for at in range(12)]), 0)
     assert y[1::3].isnan().all()
     assert y[0::3].eq(256).all()
     assert y[2::3].eq(0).all()
@@ -166,3 +176,21 @@ def test_a_compiler_that_fails_is_said_once_and_leaves_nothing(
         assert library.library.__wrapped__("no_such_type") is None
     assert "steps take longer" in caplog.text
     assert list((tmp_path / "onebase").iterdir()) == []
+
+
+def test_products_and_targets_of_one_input_are_those_of_each(kernels: Kernels) -> None:
+    """Sizes that end within a panel, with and without bias; an adapter that has only one of the modules."""
+    weights = [torch.randn(outs, 64).to(kernels.dtype) for outs in (100, 48, 7)]
+    packed = [kernels.pack(w, torch.randn(len(w)).to(kernels.dtype) if len(w) == 48 else None) for w in weights]
+    together = [one for one in packed if one is not None]
+    x = torch.randn(70, 64).to(kernels.dtype)
+    found = kernels.linears(x, Products(together))
+    for one, y in zip(together, found, strict=True):
+        assert torch.equal(y, linear(kernels, x, one))
+    pair = LoraPair(torch.randn(4, 64).to(kernels.dtype), torch.randn(4, 48).to(kernels.dtype))
+    [table] = tables_of([[None, pair, None]])
+    tables = torch.tensor([table.data_ptr(), 0] * 35)
+    alone = [y.clone() for y in found]
+    kernels.loras(x, found, tables, Targets([0, 1, 2], [100, 48, 7]))
+    lora(kernels, x, alone[1], tables, 1)
+    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))

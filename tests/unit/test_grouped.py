@@ -13,7 +13,8 @@ from server.core import BaseInfo, LinearShape
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from server.lora.grouped import grouped, install
+from server.lora.grouped import install
+from server.lora.groups import grouped
 
 
 class Layer(nn.Module):
@@ -106,6 +107,6 @@ def test_nothing_is_held_once_all_have_asked(model: nn.Module) -> None:
     x = torch.randn(1, 5, 8)
     for name in ("q_proj", "k_proj", "v_proj"):
         getattr(layer, name)(x)
-    group = layer.q_proj._group
+    group = layer.q_proj.shared
     assert group._input is None
     assert not group._parts
