@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -44,7 +45,7 @@ def library(value: str) -> ctypes.CDLL | None:
     """The kernels for a number format ("float" or "bfloat16"), compiled if need be; None where that cannot be done."""
     try:
         library = ctypes.CDLL(str(_compiled(value)))
-    except (OSError, subprocess.SubprocessError) as fault:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as fault:  # RuntimeError: a user without a home
         detail = (getattr(fault, "stderr", None) or str(fault)).strip().splitlines()
         log.warning("no kernels of our own (%s): steps take longer", detail[0] if detail else fault)
         return None
@@ -84,4 +85,7 @@ def _fingerprint(command: list[str]) -> str:
 def _cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onebase"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"others can write to {folder}")  # and so put code into this process
     return folder
