@@ -100,6 +100,36 @@ def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs:
                 assert torch.equal(alone[0], out[at]), "a token's result does not depend on the others"
 
 
+def test_lora_of_rows_that_lie_apart(kernels: Kernels) -> None:
+    """An input that is part of a wider product."""
+    pair = LoraPair(torch.randn(4, 32).to(kernels.dtype), torch.randn(4, 48).to(kernels.dtype))
+    (table,) = tables_of([[pair]])
+    x, y = torch.randn(6, 96).to(kernels.dtype)[:, 32:64], torch.zeros(6, 48).to(kernels.dtype)
+    kernels.lora(x, y, torch.tensor([table.data_ptr()] * 6), 0)
+    assert_near(y, (x.double() @ pair.a.double().t()) @ pair.b.double())
+
+
+def test_another_number_format_is_refused(kernels: Kernels) -> None:
+    """It would be read as numbers that it does not hold."""
+    other = torch.bfloat16 if kernels.dtype == torch.float32 else torch.float32
+    x, y = torch.zeros(2, 32, dtype=kernels.dtype), torch.zeros(2, 32, dtype=other)
+    packed = kernels.pack(torch.zeros(48, 32, dtype=kernels.dtype), None)
+    assert packed is not None
+    assert kernels.pack(torch.zeros(48, 32, dtype=other), None) is None
+    pool, slots = torch.zeros(1, 32, 16, dtype=kernels.dtype), torch.zeros(2, dtype=torch.long)
+    for call in (
+        lambda: kernels.linear(y, packed),
+        lambda: kernels.lora(x, y, slots, 0),
+        lambda: kernels.rope(x.view(2, 2, 16), x.view(2, 2, 16), y[:, :16], y[:, :16]),
+        lambda: kernels.store_kv(y.view(1, 4, 16), y.view(1, 4, 16), pool, pool, slots),
+    ):
+        with pytest.raises(TypeError, match="the kernels are for"):
+            call()
+    turned = torch.zeros(1, 16, 2, dtype=kernels.dtype).transpose(1, 2)
+    with pytest.raises(TypeError, match="next to each other"):
+        kernels.store_kv(turned, turned, pool, pool, slots)
+
+
 def test_loras_nan_stays_in_its_row(kernels: Kernels) -> None:
     bad, good = (
         LoraPair(torch.full((4, 64), value).to(kernels.dtype), torch.ones(4, 64).to(kernels.dtype))
@@ -166,3 +196,28 @@ def test_a_compiler_that_fails_is_said_once_and_leaves_nothing(
         assert library.library.__wrapped__("no_such_type") is None
     assert "steps take longer" in caplog.text
     assert list((tmp_path / "onebase").iterdir()) == []
+
+
+def test_a_cache_that_others_can_write_to_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever can write there could have this process run their code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "onebase").mkdir()
+    (tmp_path / "onebase").chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert library.library.__wrapped__("float") is None
+    assert "others can write" in caplog.text
+
+
+def test_a_user_without_a_home_is_served_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(library.Path, "home", homeless)
+    with caplog.at_level(logging.WARNING):
+        assert library.library.__wrapped__("float") is None
+    assert "home directory" in caplog.text
