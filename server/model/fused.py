@@ -141,13 +141,14 @@ def _attention(calls: dict[int, attention.LayerCall]) -> Make:
     return make
 
 
-def _does_what(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+def _does_what(module: object, kinds: tuple[Any, ...]) -> bool:
     """Whether the module's forward is, instruction by instruction, that of one of `kinds`."""
-    return _code(type(module)) in map(_code, kinds)
+    kind: Any = type(module)
+    return _code(kind) in map(_code, kinds)
 
 
 @functools.cache
-def _code(kind: type[nn.Module]) -> Hashable:
+def _code(kind: Any) -> Hashable:
     forward: Any = inspect.unwrap(kind.forward)
     code = getattr(forward, "__code__", None)
     if code is None:
