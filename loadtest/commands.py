@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -51,6 +52,7 @@ def run(
     from loadtest.workload import plan
 
     _need_matplotlib(plot)
+    _need_folders(json_file, markdown, plot)
     chosen = _load(workload, {"requests": requests, "seconds": seconds, "seed": seed})
     url = url.rstrip("/")
     with _faults():
@@ -153,6 +155,13 @@ def _faults() -> Iterator[None]:
 def _need_matplotlib(plot: Path | None) -> None:
     if plot is not None and find_spec("matplotlib") is None:
         raise _failed("--plot needs matplotlib: pip install 'onebase[bench]'", 2)
+
+
+def _need_folders(*files: Path | None) -> None:
+    """Said before the run, not after it."""
+    for file in files:
+        if file is not None and file != Path("-") and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+            raise _failed(f"{file} cannot be written: {file.parent} is no directory that can be written to", 2)
 
 
 def _failed(message: str, status: int = 1) -> typer.Exit:

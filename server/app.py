@@ -6,7 +6,7 @@ import contextlib
 import gc
 import logging
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,10 +22,11 @@ from server.engine.client import EngineClient
 from server.engine.engine import Engine, StepRunner
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.errors import OnebaseError
+from server.errors import AdapterUnavailable, OnebaseError
 from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.eviction import order
+from server.lora.weights import AdapterWeights
 from server.model.loader import Base, load_base
 from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
@@ -107,7 +108,7 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
             prefix_cache=settings.prefix_cache,
         ),
         bank,
-        fetch=cache.get,
+        fetch=cache.get if base.device.type == "cpu" else within_rank(cache.get, settings.max_rank),
         emit=client.emit,
         threads=settings.threads or machine.cores(),
         prefetch_bytes=settings.ram_cache_bytes // 2,  # the other half keeps what is popular
@@ -116,6 +117,18 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
     if settings.preload is not None:
         preload(state, settings.preload)
     return state, engine
+
+
+def within_rank(fetch: Callable[[str], AdapterWeights], max_rank: int) -> Callable[[str], AdapterWeights]:
+    """`fetch`, refusing adapters that were stored when MAX_RANK was larger: the GPU's tables have no room for them."""
+
+    def checked(digest: str) -> AdapterWeights:
+        weights = fetch(digest)
+        if weights.rank > max_rank:
+            raise AdapterUnavailable(f"the adapter's rank {weights.rank} is over this server's MAX_RANK of {max_rank}")
+        return weights
+
+    return checked
 
 
 def runner_and_bank(settings: Settings, base: Base, blocks: int, longest: int) -> tuple[StepRunner, Bank]:

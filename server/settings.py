@@ -65,7 +65,10 @@ class Settings(BaseSettings):
     @field_validator("data_dir", "preload")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return value.expanduser().absolute() if value else None
+        try:
+            return value.expanduser().absolute() if value else None
+        except RuntimeError as fault:  # a user without a home
+            raise ValueError(f"{value}: {fault}") from fault
 
     @model_validator(mode="after")
     def _refuse_open_server(self) -> Self:

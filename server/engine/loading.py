@@ -97,6 +97,8 @@ class AdapterLoader:
             self._spoilt.discard(digest)
             if self._ahead.pop(digest, None) is not None:
                 self.prefetches["unused"] += 1
+            if digest not in self._loading:  # its slot waited for a prefetch: nobody would ever fill it
+                self.bank.abandon(digest)
         if request.weights is not None:
             assert digest is not None
             self.bank.release(digest)

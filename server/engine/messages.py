@@ -114,8 +114,8 @@ Event = Delta | Done
 class Stats:
     """A snapshot of the engine for /readyz and /metrics; counters only ever grow. `step_began` is when the step under
     way began, None between steps; `failed_steps` counts those that failed since the last that did not. `slot_bytes`
-    are the adapters on the device and the copies of them that the step reads side by side. `prefetches` counts those
-    that have ended by what came of them: "used", "unused" or "failed".
+    are the adapters on the device. `prefetches` counts those that have ended by what came of them: "used", "unused" or
+    "failed".
     """
 
     steps: int = 0

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -44,7 +45,7 @@ def library(value: str) -> ctypes.CDLL | None:
     """The kernels for a number format ("float" or "bfloat16"), compiled if need be; None where that cannot be done."""
     try:
         library = ctypes.CDLL(str(_compiled(value)))
-    except (OSError, subprocess.SubprocessError) as fault:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as fault:  # RuntimeError: a user without a home
         detail = (getattr(fault, "stderr", None) or str(fault)).strip().splitlines()
         log.warning("no kernels of our own (%s): steps take longer", detail[0] if detail else fault)
         return None
@@ -56,24 +57,30 @@ def library(value: str) -> ctypes.CDLL | None:
 
 
 def _compiled(value: str) -> Path:
+    """The library's file, made unless it is there whole. Beside it stands its digest: one that was cut short would
+    not fail to load but kill the process."""
+    target = _cache() / f"kernels-{value}-{_fingerprint()}.so"
+    digest = target.with_suffix(".sha256")
+    with contextlib.suppress(OSError):
+        if digest.read_text() == hashlib.sha256(target.read_bytes()).hexdigest():
+            return target
     compiler = shutil.which("g++")
     if compiler is None:
         raise OSError("there is no g++")
-    command = [compiler, *_FLAGS, f"-DVALUE={value}", *map(str, _SOURCES)]
-    target = _cache() / f"kernels-{value}-{_fingerprint(command)}.so"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several processes may do this at once
-            made = Path(folder) / target.name
-            subprocess.run([*command, "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
-            made.replace(target)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # several processes may do this at once
+        made = Path(folder) / target.name
+        command = [compiler, *_FLAGS, f"-DVALUE={value}", *map(str, _SOURCES), "-o", str(made)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+        noted = made.with_suffix(".sha256")
+        noted.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        made.replace(target)
+        noted.replace(digest)
     return target
 
 
-def _fingerprint(command: list[str]) -> str:
-    """Changes with the sources, the compiler and the processor, for a home may be shared by several machines."""
-    whole = hashlib.sha256(repr(command).encode())
-    version = subprocess.run([command[0], "--version"], check=True, capture_output=True, timeout=60).stdout
-    whole.update(version + platform.machine().encode())
+def _fingerprint() -> str:
+    """Changes with the sources and the processor, for a home may be shared by several machines."""
+    whole = hashlib.sha256(repr(_FLAGS).encode() + platform.machine().encode())
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         whole.update(next((line for line in file if line.startswith(("flags", "Features"))), "").encode())
     for path in sorted(_FOLDER.glob("*.[ch]*")):
@@ -84,4 +91,7 @@ def _fingerprint(command: list[str]) -> str:
 def _cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onebase"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise OSError(f"others can write to {folder}")  # and so put code into this process
     return folder

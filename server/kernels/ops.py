@@ -1,4 +1,8 @@
-"""The kernels on tensors. All of them are for contiguous CPU tensors of one number format, and check nothing."""
+"""The kernels on tensors. All of them are for CPU tensors of one number format, contiguous unless it says otherwise.
+
+They see addresses, not tensors: what is of another format would be read as numbers that it does not hold. So what
+comes from the model's own code is looked at first, and a TypeError says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +64,10 @@ class Kernels:
         self._per_word = 4 // dtype.itemsize
 
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Packed | None:
-        """A weight [outs, ins] in the kernel's layout; None when its rows are no whole number of 4-byte words."""
+        """A weight [outs, ins] in the kernel's layout; None when its rows are no whole number of 4-byte words,
+        or when it is kept in another number format than the model."""
         outs, ins = weight.shape
-        if ins % self._per_word:
+        if ins % self._per_word or weight.dtype != self.dtype:
             return None
         panels, steps = -(-outs // self._panel), ins // self._per_word
         if panels * self._panel != outs:
@@ -77,6 +82,7 @@ class Kernels:
 
     def linears(self, x: torch.Tensor, products: Products) -> list[torch.Tensor]:
         """x [..., ins] -> for each weight x W^T + bias [..., outs]. A row's result does not depend on the others."""
+        self._check(x)
         x = x.contiguous()
         shape, records = x.shape[:-1], products.records
         found = [x.new_empty((*shape, outs)) for outs in products.outs]
@@ -90,13 +96,17 @@ class Kernels:
 
         `tables` [tokens] int64: the address of the token's adapter table ([modules, 3] int64: A, B, rank), 0: none.
         """
+        self._check(x, found[0])
         x, records = x.contiguous(), targets.records
         for number, y in enumerate(found):
             records[3 * number] = y.data_ptr()
         self._lora(x.data_ptr(), x.shape[-1], tables.data_ptr(), tables.shape[0], records, targets.count)
 
     def rope(self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
-        """Rotary embedding in place: query, key [tokens, heads, dim]; cosine, sine [tokens, rotary <= dim]."""
+        """Rotary embedding in place: query, key [tokens, heads, dim]; cosine, sine [tokens, rotary <= dim], which may
+        be strided."""
+        self._check(query, key, cosine, sine)
+        cosine, sine = cosine.contiguous(), sine.contiguous()
         tokens, heads, dim = query.shape
         self._built.rope(
             query.data_ptr(),
@@ -119,6 +129,7 @@ class Kernels:
         slots: torch.Tensor,
     ) -> None:
         """key, value [kv_heads, tokens, dim] (dim dense) to places `slots` of the pool [kv_heads, places, dim]."""
+        self._check(key, value, dense=True)
         self._built.store_kv(
             *(key.data_ptr(), key.stride(1), key.stride(0)),
             *(value.data_ptr(), value.stride(1), value.stride(0)),
@@ -144,6 +155,7 @@ class Kernels:
         query [heads, all tokens, dim] (any strides, dim dense); the pool keys, values [kv_heads, places, dim];
         `tables` [rows, width] int32: each row's blocks; `positions` [rows]: keys 0..position are seen.
         """
+        self._check(query, dense=True)
         self._built.decode(
             *(query.data_ptr(), query.stride(1), query.stride(0), keys.data_ptr(), values.data_ptr()),
             *(tables.data_ptr(), tables.shape[1], positions.data_ptr(), tokens.data_ptr(), tokens.shape[0]),
@@ -158,6 +170,13 @@ class Kernels:
         dim = x.shape[-1]
         self._built.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // dim, dim, eps, offset)
         return y
+
+    def _check(self, *tensors: torch.Tensor, dense: bool = False) -> None:
+        for tensor in tensors:
+            if tensor.dtype is not self.dtype:
+                raise TypeError(f"the kernels are for {self.dtype}, not {tensor.dtype}")
+            if dense and tensor.stride(-1) != 1:
+                raise TypeError("the numbers of a head must lie next to each other")
 
     def silu_mul(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """gate := silu(gate) * up, and `gate` back."""

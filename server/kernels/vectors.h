@@ -128,5 +128,6 @@ static inline vfloat exponential(vfloat x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return (vfloat)((vword)p + ((vword)shifted << 23));
+    vfloat power = (vfloat)((vword)p + ((vword)shifted << 23));
+    return x == x ? power : x;
 }

@@ -1,18 +1,25 @@
 """Pieces of transformers' model code done in one kernel each, where that gives the same result.
 
 Norms, the gated MLP's product, and rotary embedding with paged attention are many small operations in the model's own
-code; on a CPU their number is what a step of few rows costs. Each piece is recognised by what it holds, replaced, and
-kept only if the whole model's logits stay what they were: a family that differs keeps its own code.
+code; on a CPU their number is what a step of few rows costs. Each piece is recognised by its code (a norm by what it
+computes), replaced, and kept only if the whole model's logits stay what they were: a family that differs keeps its own
+code. Logits alone would not do: what only acts on far positions or large values is not seen in a few tokens.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from server.kernels.ops import Kernels
 from server.model import attention
@@ -22,6 +29,9 @@ log = logging.getLogger("onebase.model")
 # The most that logits may differ from those of the family's own code, as a share of the largest of them.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 _PROBE_TOKENS = 12
+# Whose code the replacements do; most families of transformers have a copy of one of these.
+_ATTENTIONS = (LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+_MLPS = (LlamaMLP, MistralMLP)
 
 
 class RmsNorm(nn.Module):
@@ -81,7 +91,7 @@ def fuse(model: Any, kernels: Kernels, calls: dict[int, attention.LayerCall]) ->
     wanted, dtype = _logits(model), kernels.dtype
     for kind, make in (("norms", _norm), ("MLPs", _mlp), ("attention", _attention(calls))):
         replaced = _replace(model, kernels, make)
-        if replaced and not _close(_logits(model), wanted, dtype):
+        if replaced and not _gives(model, wanted, dtype):
             for parent, name, original in replaced:
                 setattr(parent, name, original)
             log.info("%s keeps its own %s", type(model).__name__, kind)
@@ -106,6 +116,8 @@ def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or weight is None or weight.dim() != 1 or eps is None:
         return None
+    if weight.dtype != kernels.dtype:
+        return None
     x = torch.randn(3, len(weight), dtype=weight.dtype)
     for offset in (0.0, 1.0):
         new = RmsNorm(kernels, weight, eps, offset)
@@ -115,7 +127,7 @@ def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
 
 
 def _mlp(module: Any, kernels: Kernels) -> nn.Module | None:
-    if not all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+    if not _does_what(module, _MLPS):
         return None
     x = torch.linspace(-8, 8, 64)
     silu = torch.equal(module.act_fn(x), nn.functional.silu(x))
@@ -124,12 +136,24 @@ def _mlp(module: Any, kernels: Kernels) -> nn.Module | None:
 
 def _attention(calls: dict[int, attention.LayerCall]) -> Make:
     def make(module: Any, kernels: Kernels) -> nn.Module | None:
-        names = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "layer_idx")
-        if not all(hasattr(module, name) for name in names):
-            return None
-        return RotaryAttention(kernels, module, calls[module.layer_idx])
+        return RotaryAttention(kernels, module, calls[module.layer_idx]) if _does_what(module, _ATTENTIONS) else None
 
     return make
+
+
+def _does_what(module: object, kinds: tuple[Any, ...]) -> bool:
+    """Whether the module's forward is, instruction by instruction, that of one of `kinds`."""
+    kind: Any = type(module)
+    return _code(kind) in map(_code, kinds)
+
+
+@functools.cache
+def _code(kind: Any) -> Hashable:
+    forward: Any = inspect.unwrap(kind.forward)
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        return kind
+    return code.co_code, code.co_names, tuple(value for value in code.co_consts if value != forward.__doc__)
 
 
 def _logits(model: Any) -> torch.Tensor:
@@ -137,6 +161,13 @@ def _logits(model: Any) -> torch.Tensor:
     with torch.inference_mode(), attention.step(attention.Probe()):
         out = model(input_ids=ids[None], position_ids=torch.arange(_PROBE_TOKENS)[None], use_cache=False)
     return out.logits[0].float()
+
+
+def _gives(model: Any, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
+    try:
+        return _close(_logits(model), wanted, dtype)
+    except TypeError:  # a number format that the kernels are not for
+        return False
 
 
 def _close(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> bool:

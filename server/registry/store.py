@@ -153,7 +153,9 @@ class Store:
         try:
             weights = bytearray(stored.weights_path.stat().st_size)
             with stored.weights_path.open("rb", buffering=0) as file:
-                file.readinto(weights)
+                view = memoryview(weights)
+                while view and (count := file.readinto(view)):  # one call reads 2 GiB at most
+                    view = view[count:]
         except OSError as exc:
             raise AdapterUnavailable(f"the stored adapter {digest} cannot be read") from exc
         self._compare(digest, digest_of(_hex(stored.config), _hex(weights)))

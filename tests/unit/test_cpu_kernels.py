@@ -34,8 +34,9 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return found
 
 
-def assert_near(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    most = float(wanted.abs().max()) * TOLERANCE[found.dtype]
+def assert_near(found: torch.Tensor, wanted: torch.Tensor, size: torch.Tensor | None = None) -> None:
+    """`size`: what the sums would be if nothing in them cancelled; the same as `wanted` if not given."""
+    most = float((wanted if size is None else size).abs().max()) * TOLERANCE[found.dtype]
     assert float((found.double() - wanted).abs().max()) <= most
 
 
@@ -104,10 +105,42 @@ def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs:
                 if pair is None:
                     assert torch.equal(out[at], y[at]), "a token without this module is not touched"
                     continue
-                assert_near(out[at], y[at].double() + (x[at].double() @ pair.a.double().t()) @ pair.b.double())
+                a, b = pair.a.double(), pair.b.double()
+                size = y[at].double().abs() + (x[at].double().abs() @ a.abs().t()) @ b.abs()
+                assert_near(out[at], y[at].double() + (x[at].double() @ a.t()) @ b, size)
                 alone = y[at : at + 1].clone()
                 lora(kernels, x[at : at + 1], alone, addresses[at : at + 1].clone(), module)
                 assert torch.equal(alone[0], out[at]), "a token's result does not depend on the others"
+
+
+def test_lora_of_rows_that_lie_apart(kernels: Kernels) -> None:
+    """An input that is part of a wider product."""
+    pair = LoraPair(torch.randn(4, 32).to(kernels.dtype), torch.randn(4, 48).to(kernels.dtype))
+    (table,) = tables_of([[pair]])
+    x, y = torch.randn(6, 96).to(kernels.dtype)[:, 32:64], torch.zeros(6, 48).to(kernels.dtype)
+    lora(kernels, x, y, torch.tensor([table.data_ptr()] * 6), 0)
+    assert_near(y, (x.double() @ pair.a.double().t()) @ pair.b.double())
+
+
+def test_another_number_format_is_refused(kernels: Kernels) -> None:
+    """It would be read as numbers that it does not hold."""
+    other = torch.bfloat16 if kernels.dtype == torch.float32 else torch.float32
+    x, y = torch.zeros(2, 32, dtype=kernels.dtype), torch.zeros(2, 32, dtype=other)
+    packed = kernels.pack(torch.zeros(48, 32, dtype=kernels.dtype), None)
+    assert packed is not None
+    assert kernels.pack(torch.zeros(48, 32, dtype=other), None) is None
+    pool, slots = torch.zeros(1, 32, 16, dtype=kernels.dtype), torch.zeros(2, dtype=torch.long)
+    for call in (
+        lambda: linear(kernels, y, packed),
+        lambda: lora(kernels, x, y, slots, 0),
+        lambda: kernels.rope(x.view(2, 2, 16), x.view(2, 2, 16), y[:, :16], y[:, :16]),
+        lambda: kernels.store_kv(y.view(1, 4, 16), y.view(1, 4, 16), pool, pool, slots),
+    ):
+        with pytest.raises(TypeError, match="the kernels are for"):
+            call()
+    turned = torch.zeros(1, 16, 2, dtype=kernels.dtype).transpose(1, 2)
+    with pytest.raises(TypeError, match="next to each other"):
+        kernels.store_kv(turned, turned, pool, pool, slots)
 
 
 def test_loras_nan_stays_in_its_row(kernels: Kernels) -> None:
@@ -194,3 +227,42 @@ def test_products_and_targets_of_one_input_are_those_of_each(kernels: Kernels) -
     kernels.loras(x, found, tables, Targets([0, 1, 2], [100, 48, 7]))
     lora(kernels, x, alone[1], tables, 1)
     assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+
+
+def test_a_cache_that_others_can_write_to_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever can write there could have this process run their code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "onebase").mkdir()
+    (tmp_path / "onebase").chmod(0o777)
+    with caplog.at_level(logging.WARNING):
+        assert library.library.__wrapped__("float") is None
+    assert "others can write" in caplog.text
+
+
+def test_a_user_without_a_home_is_served_without(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(library.Path, "home", homeless)
+    with caplog.at_level(logging.WARNING):
+        assert library.library.__wrapped__("float") is None
+    assert "home directory" in caplog.text
+
+
+@pytest.mark.parametrize("left", [0, 100, 20_000, -1])
+def test_a_library_that_was_cut_short_is_made_anew(left: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Loading a part of one would kill the process. What is there whole needs no compiler."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made = library._compiled("float")
+    content = made.read_bytes()
+    made.unlink()
+    made.write_bytes(content[:left])
+    assert library._compiled("float") == made
+    assert len(made.read_bytes()) == len(content)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert library._compiled("float") == made

@@ -80,3 +80,41 @@ def test_a_norm_with_another_formula_stays(models: Path) -> None:
     fuse(model)
     assert count(model, NORMS) == 4
     assert count(model, OddRMSNorm) == 3
+
+
+class FarAttention(modeling_llama.LlamaAttention):
+    """Like Ministral 3's: another scale from some position on, which a few tokens at the beginning do not show."""
+
+    def forward(self, hidden_states: torch.Tensor, position_embeddings: Any, position_ids: Any, **kwargs: Any) -> Any:
+        far = (position_ids >= 400)[..., None]
+        return super().forward(torch.where(far, hidden_states * 2, hidden_states), position_embeddings, **kwargs)
+
+
+class ClippedMlp(modeling_llama.LlamaMLP):
+    """Like those of some mixtures of experts: clamps what is large, which ordinary tokens are not."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x).clamp(-1e4, 1e4))
+
+
+def test_what_only_shows_far_on_or_for_large_values_stays(models: Path) -> None:
+    model = load(save_model("llama", models / "fused-far"))
+    model.model.layers[0].self_attn.__class__ = FarAttention
+    model.model.layers[1].mlp.__class__ = ClippedMlp
+    fuse(model)
+    assert (count(model, FarAttention), count(model, ClippedMlp)) == (1, 1)
+    assert (count(model, NORMS), count(model, MLPS), count(model, ATTENTION)) == (7, 2, 2)
+
+
+def test_a_rotary_embedding_in_another_number_format_stays(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(save_model("llama", models / "fused-wide"))
+    rotary = model.model.rotary_emb
+    forward = rotary.forward
+    monkeypatch.setattr(rotary, "forward", lambda *a, **named: tuple(part.double() for part in forward(*a, **named)))
+    monkeypatch.setattr(
+        modeling_llama,
+        "apply_rotary_pos_emb",
+        lambda q, k, cos, sin, apply=modeling_llama.apply_rotary_pos_emb: apply(q, k, cos.float(), sin.float()),
+    )
+    fuse(model)
+    assert (count(model, NORMS), count(model, MLPS), count(model, ATTENTION)) == (7, 3, 0)

@@ -11,6 +11,8 @@ import torch
 
 from server import app, machine
 from server.core import LinearShape
+from server.errors import AdapterUnavailable
+from server.lora.weights import AdapterWeights
 from server.settings import Settings
 from tests.families import save_model
 from tests.harness import fresh_base
@@ -84,3 +86,10 @@ def test_the_engine_takes_the_cores_of_the_process(
     base = fresh_base(save_model("llama", models / "sizes-llama"))
     app.build(Settings(data_dir=tmp_path, threads=threads, kv_cache_tokens=2048), base)
     assert seen == [expected]
+
+
+def test_on_the_gpu_an_adapter_over_the_rank_is_that_requests_fault_alone() -> None:
+    kept = AdapterWeights("sha256:1", {}, 32, 0)
+    assert app.within_rank(lambda _: kept, 32)("sha256:1") is kept
+    with pytest.raises(AdapterUnavailable, match="rank 32 is over this server's MAX_RANK of 16"):
+        app.within_rank(lambda _: kept, 16)("sha256:1")

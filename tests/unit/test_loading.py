@@ -294,6 +294,28 @@ def test_any_history_keeps_the_promises(slots: int, room: int, history: list[tup
                 open_.remove(running)
         one.settle()
         assert one.bank.references == len(one.loader) == len(one.ahead) == 0
+        assert len(one.bank) == len(one.bank.digests()), "no slot is left waiting for what does not come"
         assert not one.loader._loading
         assert not one.loader._fetching
         assert one.loader._permits.qsize() == 2
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("when", ["before it comes", "after it has come"])
+def test_a_slot_is_not_lost_with_the_request_that_it_was_reserved_for(broken: bool, when: str) -> None:
+    """A client that goes away while its adapter is being fetched early, before the load itself has begun."""
+    one = Loading(slots=1)
+    if broken:
+        one.broken.add("a")
+    gone = one.request("a")
+    one.loader.serve()
+    assert one.bank.awaits("a")
+    if when == "after it has come":  # both messages are read before the next pass
+        one.jobs.run()
+        one.deliver()
+    one.loader.give_up(gone)
+    one.settle()
+    other = one.request("b")
+    one.settle()
+    assert other.ready
+    assert one.bank.references == 1
