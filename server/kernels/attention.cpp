@@ -58,6 +58,8 @@ const float *widened(const float *from, int64_t, float *) { return from; }
     return room;
 }
 
+constexpr int64_t AHEAD = 4; // blocks
+
 struct Shape {
     int64_t heads, kv_heads, key_dim, value_dim, block;
 };
@@ -68,6 +70,12 @@ struct Group {
     const int32_t *table; // the row's blocks
     int64_t first, position; // the keys that are seen
     std::vector<float> &room;
+
+    // Asks for the first line of block `number`, if there is one: a block lies in a page of its own, whose address takes
+    // longer to find than its bytes to come.
+    void touch(const value *pool, int64_t dim, int64_t number) const {
+        if (number <= position / shape.block) __builtin_prefetch(pool + table[number] * shape.block * dim);
+    }
 
     // Visits the tokens block by block: the first one's number, how many, and their keys or values as float32.
     template <class Visit> void blocks(const value *pool, int64_t dim, float *wide, Visit visit) const {
@@ -90,7 +98,11 @@ struct Group {
         float *totals = sums + per * value_dim, *wide = totals + per;
         for (int64_t h = 0; h < per; h++)
             for (int64_t d = 0; d < key_dim; d++) q[h * key_dim + d] = get(query + h * head_stride + d) * scale;
+        int64_t begin = first / shape.block;
+        for (int64_t ahead = 0; ahead < AHEAD; ahead++) touch(keys, key_dim, begin + ahead);
         blocks(keys, key_dim, wide, [&](int64_t at, int64_t tokens, const float *k) {
+            touch(keys, key_dim, (first + at) / shape.block + AHEAD);
+            touch(values, value_dim, (first + at) / shape.block);
             for (int64_t h = 0; h < per; h++) dots(q + h * key_dim, k, tokens, key_dim, scores + h * count + at);
         });
         for (int64_t h = 0; h < per; h++) totals[h] = softmax(scores + h * count, count);

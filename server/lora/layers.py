@@ -67,8 +67,9 @@ class LoraLinears:
             return found
         if kernels is not None and batch.tables is not None:
             kernels.loras(x, found, batch.tables, self._targets)
-        for name, y in zip(self._names, found, strict=True):
-            batch.add(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        else:
+            for name, y in zip(self._names, found, strict=True):
+                batch.add(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return found
 
 
