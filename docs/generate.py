@@ -21,7 +21,10 @@ from server.settings import GIB, MIB, Settings
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "loadtest" / "results"
-PAGES = (DOCS / "operations.md", DOCS / "api.md", DOCS / "loadtest.md", DOCS.parent / "README.md")
+PAGES = (
+    *(DOCS / name for name in ("operations.md", "api.md", "loadtest.md", "performance.md")),
+    DOCS.parent / "README.md",
+)
 _TABLE = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- generated:end -->)", re.DOTALL)
 
 # What a field of a request means; its type, default and bounds come from the schema.
@@ -140,12 +143,36 @@ def _thousand() -> str:
     )
 
 
+def anatomy_table() -> str:
+    """Milliseconds of a decode step and its parts, by number of rows."""
+    pages = []
+    for dtype in ("float32", "bfloat16"):
+        run = json.loads((RESULTS / f"steps-{dtype}.json").read_text())
+        parts = list(next(iter(run["anatomy"].values())))
+        rows = [(name, *(f"{took[part]:.1f}" for part in parts)) for name, took in run["anatomy"].items()]
+        table = _markdown((f"{dtype}, {run['context']} tokens of context, ms", *parts), rows)
+        pages.append(f"{table}\n`{run['command']}`, commit {run['commit']}, {run['when']}.\n")
+    return "\n".join(pages)
+
+
+def growth_table() -> str:
+    """Milliseconds of a decode step of 16 rows, by kind of batch, with the ratios that follow."""
+    runs = [json.loads((RESULTS / f"steps-{dtype}.json").read_text()) for dtype in ("float32", "bfloat16")]
+    head = ("a step of 16 rows", *(f"{run['dtype']}, ms" for run in runs))
+    rows = [(name, *(f"{run['step_ms'][name]:.1f}" for run in runs)) for name in runs[0]["step_ms"]]
+    shares = [(name, *(f"{run['ratios'][name]:.2f}" for run in runs)) for name in runs[0]["ratios"]]
+    ratio = ("throughput as a share of the base's", *(run["dtype"] for run in runs))
+    return f"{_markdown(head, rows)}\n{_markdown(ratio, shares)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "request": request_table,
     "bodies": bodies_table,
     "errors": errors_table,
     "measured": measured_table,
+    "anatomy": anatomy_table,
+    "growth": growth_table,
     "workload": workload_table,
     "laws": laws_table,
     "shipped": shipped_table,

@@ -71,8 +71,8 @@ struct Group {
     int64_t first, position; // the keys that are seen
     std::vector<float> &room;
 
-    // Asks for the first line of block `number`, if there is one: a block lies in a page of its own, whose address takes
-    // longer to find than its bytes to come.
+    // Asks for the first line of block `number`, if there is one: a block lies in a page of its own, whose address
+    // takes longer to find than its bytes to come.
     void touch(const value *pool, int64_t dim, int64_t number) const {
         if (number <= position / shape.block) __builtin_prefetch(pool + table[number] * shape.block * dim);
     }
