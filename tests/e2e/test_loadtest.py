@@ -157,6 +157,7 @@ def test_ctrl_c_writes_the_report_of_what_was_done(server: Server, tmp_path: Pat
     process = subprocess.Popen(
         [sys.executable, "-m", "loadtest", *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )  # fmt: skip
     until(lambda: server.engine.stats.steps > before + 150)
     process.send_signal(signal.SIGINT)
