@@ -39,15 +39,9 @@ from server.model.loader import Base, load_base
 
 BLOCK, BLOCKS = 16, 3000
 CONTEXT, TURNS = 128, 25
-PARTS = {
-    "linears": "linear layers and head",
-    "loras": "LoRA",
-    "decode": "attention",
-    "store_kv": "attention",
-    "rope": "attention",
-    "rms_norm": "norms and the MLP's product",
-    "silu_mul": "norms and the MLP's product",
-}
+PARTS = ("linear layers and head", "LoRA", "attention", "norms, sums and the MLP's product")
+# Kernels that a step calls by themselves, beside those within the layers.
+ALONE = {"linears": PARTS[0], "rms_norm": PARTS[3]}
 
 
 @dataclass(frozen=True)
@@ -179,7 +173,8 @@ def anatomy(one: Batch, turns: int) -> dict[str, float]:
     """Mean milliseconds of a decode step and of its parts."""
     one.fill()
     one.step()
-    with clocks() as spent:
+    assert one.base.kernels is not None, "this takes the kernels apart"
+    with clocks(one.base.kernels) as spent:
         whole = sum(one.step() for _ in range(turns))
     parts = {part: seconds / turns * 1e3 for part, seconds in spent.items()}
     step = whole / turns * 1e3
@@ -187,9 +182,9 @@ def anatomy(one: Batch, turns: int) -> dict[str, float]:
 
 
 @contextmanager
-def clocks() -> Iterator[dict[str, float]]:
+def clocks(kernels: Kernels) -> Iterator[dict[str, float]]:
     """Adds up the seconds spent in each part meanwhile."""
-    spent = dict.fromkeys((*PARTS.values(), "choosing tokens"), 0.0)
+    spent = dict.fromkeys((*PARTS, "choosing tokens"), 0.0)
 
     def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -200,16 +195,17 @@ def clocks() -> Iterator[dict[str, float]]:
 
         return call
 
-    kernels = {name: getattr(Kernels, name) for name in PARTS}
-    sample = vars(running)["sample"]
-    for name, part in PARTS.items():
-        setattr(Kernels, name, timed(kernels[name], part))
+    before, sample = list(kernels.spent), vars(running)["sample"]
+    for name, part in ALONE.items():
+        setattr(kernels, name, timed(getattr(kernels, name), part))
     vars(running)["sample"] = timed(sample, "choosing tokens")
     try:
         yield spent
     finally:
-        for name, function in kernels.items():
-            setattr(Kernels, name, function)
+        for part, start, end in zip(PARTS, before, kernels.spent, strict=True):
+            spent[part] += (end - start) / 1e9
+        for name in ALONE:
+            delattr(kernels, name)
         vars(running)["sample"] = sample
 
 

@@ -86,7 +86,8 @@ def _attention(
 ) -> tuple[list[DecodeGroup], list[PrefillChunk]]:
     decodes, chunks = [], []
     for item, start in zip(ordered, starts, strict=True):
-        if item.count == 1:
+        # A prompt's token is a chunk even if it comes alone: its sums must not depend on where the chunks end.
+        if item.count == 1 and item.sequence.computed >= item.sequence.prompt_length:
             decodes.append((start, item))
         else:
             context = item.sequence.computed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from server.engine import batch as batches
+from server.engine import decoder
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
 from server.lora.layers import LoraStep, install
@@ -20,6 +21,8 @@ class Runner:
         self.base = base
         self.lora: LoraStep = install(base.model, base.info, base.kernels)
         self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device, base.kernels)
+        if base.kernels is not None:
+            decoder.install(base.model, base.kernels, self.pool, self.lora)
 
     def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
         """Computes `work` and returns a choice for each item that reached its sequence's last token."""

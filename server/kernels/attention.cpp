@@ -3,28 +3,34 @@
 // The pool is [kv_heads, pool_tokens, dim] of each layer. A row's keys 0..position lie in the blocks of its table; no
 // other token of the pool is read, so what stands there is nobody's business. Each byte of K and V is read once and
 // serves all query heads of its group (grouped-query attention).
-#include "vectors.h"
+#include "kernels.h"
 #include <algorithm>
 #include <vector>
 
 namespace {
-// sums[dim] += sum over t of weights[t] * v[t]
-void accumulate(float *sums, const float *weights, const float *v, int64_t tokens, int64_t dim) {
+// sums[h * dim] += sum over t of weights[h * apart + t] * v[t], for a few heads h; v [tokens, dim] is loaded once for all.
+template <int heads, int vectors>
+void columns(float *sums, const float *weights, int64_t apart, const value *v, int64_t tokens, int64_t dim) {
+    vfloat part[heads][vectors];
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < vectors; i++) part[h][i] = load(sums + h * dim + i * LANES);
+    for (int64_t t = 0; t < tokens; t++)
+        for (int i = 0; i < vectors; i++) {
+            vfloat line = load(v + t * dim + i * LANES);
+            for (int h = 0; h < heads; h++) part[h][i] += weights[h * apart + t] * line;
+        }
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < vectors; i++) store(sums + h * dim + i * LANES, part[h][i]);
+}
+
+template <int heads>
+void accumulate(float *sums, const float *weights, int64_t apart, const value *v, int64_t tokens, int64_t dim) {
     int64_t d = 0;
-    for (; d + 4 * LANES <= dim; d += 4 * LANES) {
-        vfloat part[4];
-        for (int i = 0; i < 4; i++) part[i] = load(sums + d + i * LANES);
-        for (int64_t t = 0; t < tokens; t++)
-            for (int i = 0; i < 4; i++) part[i] += weights[t] * load(v + t * dim + d + i * LANES);
-        for (int i = 0; i < 4; i++) store(sums + d + i * LANES, part[i]);
-    }
-    for (; d + LANES <= dim; d += LANES) {
-        vfloat part = load(sums + d);
-        for (int64_t t = 0; t < tokens; t++) part += weights[t] * load(v + t * dim + d);
-        store(sums + d, part);
-    }
+    for (; d + 4 * LANES <= dim; d += 4 * LANES) columns<heads, 4>(sums + d, weights, apart, v + d, tokens, dim);
+    for (; d + LANES <= dim; d += LANES) columns<heads, 1>(sums + d, weights, apart, v + d, tokens, dim);
     for (; d < dim; d++)
-        for (int64_t t = 0; t < tokens; t++) sums[d] += weights[t] * v[t * dim + d];
+        for (int h = 0; h < heads; h++)
+            for (int64_t t = 0; t < tokens; t++) sums[h * dim + d] += weights[h * apart + t] * get(v + t * dim + d);
 }
 
 // Turns scores into weights, which add up to what is returned. A NaN among the scores makes that NaN: the row shows it.
@@ -49,15 +55,6 @@ float softmax(float *scores, int64_t n) {
     return sums;
 }
 
-// The same numbers as float32, in `room` where they are not.
-const float *widened(const float *from, int64_t, float *) { return from; }
-[[maybe_unused]] const float *widened(const bfloat16 *from, int64_t n, float *room) {
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) store(room + i, load(from + i));
-    for (; i < n; i++) room[i] = get(from + i);
-    return room;
-}
-
 constexpr int64_t AHEAD = 4; // blocks
 
 struct Shape {
@@ -77,14 +74,14 @@ struct Group {
         if (number <= position / shape.block) __builtin_prefetch(pool + table[number] * shape.block * dim);
     }
 
-    // Visits the tokens block by block: the first one's number, how many, and their keys or values as float32.
-    template <class Visit> void blocks(const value *pool, int64_t dim, float *wide, Visit visit) const {
+    // Visits the tokens block by block: the first one's number, how many, and their keys or values.
+    template <class Visit> void blocks(const value *pool, int64_t dim, int64_t few, Visit visit) const {
         int64_t size = shape.block;
         for (int64_t at = first; at <= position;) {
-            int64_t end = std::min(position + 1, (at / size + 1) * size);
-            if (end <= position) fetch(pool + table[end / size] * size * dim, size * dim * sizeof(value));
-            const value *from = pool + (table[at / size] * size + at % size) * dim;
-            visit(at - first, end - at, widened(from, (end - at) * dim, wide));
+            int64_t end = std::min({position + 1, (at / size + 1) * size, (at / few + 1) * few}), then = at + size;
+            if (then <= position)
+                fetch(pool + (table[then / size] * size + then % size) * dim, (end - at) * dim * sizeof(value));
+            visit(at - first, end - at, pool + (table[at / size] * size + at % size) * dim);
             at = end;
         }
     }
@@ -92,24 +89,24 @@ struct Group {
     void attend(const value *query, int64_t head_stride, const value *keys, const value *values, float scale,
                 value *out) const {
         int64_t per = shape.heads / shape.kv_heads, count = position + 1 - first;
-        int64_t key_dim = shape.key_dim, value_dim = shape.value_dim;
-        room.resize(per * (key_dim + count + value_dim + 1) + shape.block * std::max(key_dim, value_dim));
-        float *q = room.data(), *scores = q + per * key_dim, *sums = scores + per * count;
-        float *totals = sums + per * value_dim, *wide = totals + per;
-        for (int64_t h = 0; h < per; h++)
-            for (int64_t d = 0; d < key_dim; d++) q[h * key_dim + d] = get(query + h * head_stride + d) * scale;
-        int64_t begin = first / shape.block;
+        int64_t key_dim = shape.key_dim, value_dim = shape.value_dim, begin = first / shape.block;
+        room.assign(per * (count + value_dim + 1), 0.0f);
+        float *scores = room.data(), *sums = scores + per * count;
         for (int64_t ahead = 0; ahead < AHEAD; ahead++) touch(keys, key_dim, begin + ahead);
-        blocks(keys, key_dim, wide, [&](int64_t at, int64_t tokens, const float *k) {
+        blocks(keys, key_dim, 4, [&](int64_t at, int64_t tokens, const value *k) {
             touch(keys, key_dim, (first + at) / shape.block + AHEAD);
             touch(values, value_dim, (first + at) / shape.block);
-            for (int64_t h = 0; h < per; h++) dots(q + h * key_dim, k, tokens, key_dim, scores + h * count + at);
+            by_four(per, [&](int64_t h, auto heads) {
+                dots<heads>(query + h * head_stride, head_stride, k, tokens, key_dim, scale, scores + h * count + at,
+                            count);
+            });
         });
+        float *totals = sums + per * value_dim;
         for (int64_t h = 0; h < per; h++) totals[h] = softmax(scores + h * count, count);
-        std::fill(sums, sums + per * value_dim, 0.0f);
-        blocks(values, value_dim, wide, [&](int64_t at, int64_t tokens, const float *v) {
-            for (int64_t h = 0; h < per; h++)
-                accumulate(sums + h * value_dim, scores + h * count + at, v, tokens, value_dim);
+        blocks(values, value_dim, 8, [&](int64_t at, int64_t tokens, const value *v) {
+            by_four(per, [&](int64_t h, auto heads) {
+                accumulate<heads>(sums + h * value_dim, scores + h * count + at, count, v, tokens, value_dim);
+            });
         });
         for (int64_t h = 0; h < per; h++)
             for (int64_t d = 0; d < value_dim; d++) set(out + h * value_dim + d, sums[h * value_dim + d] / totals[h]);

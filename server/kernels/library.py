@@ -35,7 +35,9 @@ _SIGNATURES = {
         *(_INT,) * 8,
         *(_FLOAT, _POINTER),
     ),
+    "prefill": (_POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, *(_INT,) * 8, _FLOAT, _POINTER),
     "rms_norm": (_POINTER, _POINTER, _POINTER, _INT, _INT, _FLOAT, _FLOAT),
+    "layer": (_POINTER,) * 4,
     "silu_mul": (_POINTER, _POINTER, _INT),
 }
 

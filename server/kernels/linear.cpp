@@ -4,7 +4,7 @@
 // one float32, or two neighbouring bfloat16. ROWS x PANEL sums stay in registers while both operands stream by (Goto &
 // van de Geijn 2008). Every row of x goes through the same additions in the same order whatever else is in the batch,
 // so a row's result does not depend on its neighbours; sums of BLOCK_STEPS are added up, which keeps rounding small.
-#include "vectors.h"
+#include "kernels.h"
 #include <algorithm>
 
 namespace {
@@ -80,15 +80,7 @@ void tiles(const uint32_t *x, int64_t stride, const uint32_t *w, int64_t steps, 
     }
 }
 
-// One of the products of the same x. `bias` may be null.
-struct Product {
-    const uint32_t *w;
-    const float *bias;
-    value *y;
-    int64_t outs;
-
-    int64_t panels() const { return (outs + PANEL - 1) / PANEL; }
-};
+int64_t panels_of(const Product &product) { return (product.outs + PANEL - 1) / PANEL; }
 
 // `count` rows of x from `first` on, times panel p.
 void panel(const uint32_t *x, int64_t first, int64_t count, int64_t steps, const Product &product, int64_t p) {
@@ -108,13 +100,13 @@ extern "C" int64_t panel_width() { return PANEL; }
 // Each product's y [rows, outs] of the same x [rows, steps].
 extern "C" void linear(const uint32_t *x, int64_t rows, int64_t steps, const Product *products, int64_t count) {
     int64_t panels = 0, blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    for (int64_t i = 0; i < count; i++) panels += products[i].panels();
+    for (int64_t i = 0; i < count; i++) panels += panels_of(products[i]);
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t p = 0; p < panels; p++)
         for (int64_t b = 0; b < blocks; b++) {
             const Product *product = products;
             int64_t mine = p, first = b * BLOCK_ROWS;
-            for (; mine >= product->panels(); product++) mine -= product->panels();
+            for (; mine >= panels_of(*product); product++) mine -= panels_of(*product);
             panel(x, first, std::min(BLOCK_ROWS, rows - first), steps, *product, mine);
         }
 }

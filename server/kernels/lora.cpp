@@ -5,30 +5,13 @@
 // or laid out anew when the adapters of a step change, and ranks mix without padding. Tokens of one adapter follow each
 // other: each adapter is read from memory once, and four tokens at a time where there are many. A token's sums are made
 // in the same order either way.
-#include "vectors.h"
+#include "kernels.h"
 #include <algorithm>
 #include <omp.h>
 #include <vector>
 
 namespace {
 constexpr int64_t TILE = 4;
-
-// s[t][r] = x[t] . a[r] for `tokens` tokens and 4 ranks.
-template <int tokens> void shrink(const value *x, const value *a, int64_t in, int64_t whole, float *s, int64_t rank) {
-    vfloat totals[tokens][4] = {};
-    for (int64_t i = 0; i < whole; i += LANES) {
-        vfloat rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = load(a + r * in + i);
-        for (int t = 0; t < tokens; t++) {
-            vfloat part = load(x + t * in + i);
-            for (int r = 0; r < 4; r++) totals[t][r] += part * rows[r];
-        }
-    }
-    for (int t = 0; t < tokens; t++) {
-        vquad four = sum4(totals[t]);
-        memcpy(s + t * rank, &four, sizeof(four));
-    }
-}
 
 // y[t] += s[t] [rank] times b [rank, out], for a few vectors of columns.
 template <int tokens, int vectors> void expand(const float *s, const value *b, int64_t rank, int64_t out, value *y) {
@@ -44,28 +27,17 @@ template <int tokens, int vectors> void expand(const float *s, const value *b, i
 
 template <int tokens>
 void add(const value *x, const value *a, const value *b, int64_t rank, int64_t in, int64_t out, float *s, value *y) {
-    int64_t whole = in / LANES * LANES, r = 0, o = 0;
-    for (; r + 4 <= rank; r += 4) shrink<tokens>(x, a + r * in, in, whole, s + r, rank);
-    for (; r < rank; r++)
-        for (int t = 0; t < tokens; t++) dots(x + t * in, a + r * in, 1, whole, s + t * rank + r);
-    for (int t = 0; t < tokens; t++)
-        for (r = 0; r < rank; r++)
-            for (int64_t i = whole; i < in; i++) s[t * rank + r] += get(x + t * in + i) * get(a + r * in + i);
+    int64_t o = 0;
+    dots<tokens>(x, in, a, rank, in, 1, s, rank);
     for (; o + 4 * LANES <= out; o += 4 * LANES) expand<tokens, 4>(s, b + o, rank, out, y + o);
     for (; o + LANES <= out; o += LANES) expand<tokens, 1>(s, b + o, rank, out, y + o);
     for (; o < out; o++)
         for (int t = 0; t < tokens; t++) {
             float total = 0;
-            for (r = 0; r < rank; r++) total += s[t * rank + r] * get(b + r * out + o);
+            for (int64_t r = 0; r < rank; r++) total += s[t * rank + r] * get(b + r * out + o);
             set(y + t * out + o, get(y + t * out + o) + total);
         }
 }
-
-// One linear of the base: its number in the adapters' tables, and its output for the same x.
-struct Target {
-    value *y;
-    int64_t module, out;
-};
 
 // Tokens first..end for one target; `next` is the table of the adapter that this thread comes to afterwards.
 void tokens_of(const value *x, int64_t in, const int64_t *const *tables, int64_t first, int64_t end,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from server.kernels.layer import LAYER_PARTS, Layer, Step
 from server.kernels.library import library
 
 _VALUES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
@@ -36,6 +37,7 @@ class Products:
         self.outs = [weight.outs for weight in weights]
         rows = [(w.data.data_ptr(), 0 if w.bias is None else w.bias.data_ptr(), 0, w.outs) for w in weights]
         self.records = (ctypes.c_int64 * (4 * self.count))(*itertools.chain.from_iterable(rows))
+        self.address = ctypes.addressof(self.records)
 
 
 class Targets:
@@ -45,6 +47,7 @@ class Targets:
         self.count = len(modules)
         rows = [(0, module, out) for module, out in zip(modules, outs, strict=True)]
         self.records = (ctypes.c_int64 * (3 * self.count))(*itertools.chain.from_iterable(rows))
+        self.address = ctypes.addressof(self.records)
 
 
 def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
@@ -55,10 +58,11 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
 
 
 class Kernels:
-    """One compiled library and its number format."""
+    """One compiled library and its number format. `spent`: nanoseconds of all calls of `layer`, by LAYER_PARTS."""
 
     def __init__(self, built: ctypes.CDLL, dtype: torch.dtype):
         self._built, self.dtype = built, dtype
+        self.spent = (ctypes.c_int64 * len(LAYER_PARTS))()
         self._linear, self._lora = built.linear, built.lora
         self._panel = int(built.panel_width())
         self._per_word = 4 // dtype.itemsize
@@ -163,6 +167,29 @@ class Kernels:
             *(window or 0, scale, out.data_ptr()),
         )
 
+    def prefill(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        chunks: torch.Tensor,
+        block_size: int,
+        scale: float,
+        window: int | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of runs of new tokens, whose keys and values are in the pool already, into their rows of `out`.
+
+        `chunks` [n, 4] int64: first packed token, how many, tokens before it, address of its blocks' int64 numbers;
+        the rest as for `decode`.
+        """
+        self._check(query, dense=True)
+        self._built.prefill(
+            *(query.data_ptr(), query.stride(1), query.stride(0), keys.data_ptr(), values.data_ptr()),
+            *(chunks.data_ptr(), chunks.shape[0], query.shape[0], keys.shape[0], keys.shape[2], values.shape[2]),
+            *(keys.shape[1], block_size, window or 0, scale, out.data_ptr()),
+        )
+
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
         """(offset + weight) * x / sqrt(mean(x^2) + eps) over the last dimension."""
         x = x.contiguous()
@@ -170,6 +197,11 @@ class Kernels:
         dim = x.shape[-1]
         self._built.rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // dim, dim, eps, offset)
         return y
+
+    def layer(self, hidden: torch.Tensor, layer: Layer, step: Step) -> None:
+        """A whole decoder layer on hidden [..., hidden], contiguous, in place."""
+        self._check(hidden)
+        self._built.layer(hidden.data_ptr(), ctypes.byref(layer), ctypes.byref(step), self.spent)
 
     def _check(self, *tensors: torch.Tensor, dense: bool = False) -> None:
         for tensor in tensors:

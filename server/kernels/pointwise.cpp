@@ -1,5 +1,5 @@
 // What stands between the matrix products of a gated transformer layer, each in one pass over its numbers.
-#include "vectors.h"
+#include "kernels.h"
 #include <cmath>
 
 namespace {
@@ -12,9 +12,7 @@ namespace {
 }
 [[maybe_unused]] vfloat rounded(vfloat x, const float *) { return x; }
 [[maybe_unused]] vfloat rounded(vfloat x, const bfloat16 *) {
-    bfloat16 y[LANES];
-    store(y, x);
-    return load(y);
+    return (vfloat)(__builtin_convertvector(narrow(x), vword) << 16);
 }
 
 } // namespace
@@ -47,6 +45,14 @@ extern "C" void rms_norm(const value *x, const value *weight, value *y, int64_t 
             set(y + r * dim + d, (get(weight + d) + offset) * quotient);
         }
     }
+}
+
+// x += y.
+extern "C" void add(value *x, const value *y, int64_t n) {
+    int64_t vectors = n / LANES;
+#pragma omp parallel for schedule(static) if (n > 16384)
+    for (int64_t i = 0; i < vectors; i++) store(x + i * LANES, load(x + i * LANES) + load(y + i * LANES));
+    for (int64_t i = vectors * LANES; i < n; i++) set(x + i, get(x + i) + get(y + i));
 }
 
 // gate = silu(gate) * up; rounded in between, as two operations would.

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 #endif
@@ -35,19 +36,20 @@ static inline vfloat load(const bfloat16 *from) {
     return (vfloat)(__builtin_convertvector(*(const vhalf_u *)from, vword) << 16);
 }
 
-static inline void store(float *to, vfloat x) { *(vfloat_u *)to = x; }
 // Rounds to the nearest, ties to even; a NaN stays one.
-static inline void store(bfloat16 *to, vfloat x) {
+static inline vhalf_u narrow(vfloat x) {
 #if defined(__AVX512BF16__)
-    __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
-    memcpy(to, &narrow, sizeof(narrow));
+    return (vhalf_u)_mm512_cvtneps_pbh((__m512)x);
 #else
     vword bits = (vword)x;
     vword rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     vword kept = (vword)(x == x);
-    *(vhalf_u *)to = __builtin_convertvector((rounded & kept) | (0x7fc0 & ~kept), vhalf_u);
+    return __builtin_convertvector((rounded & kept) | (0x7fc0 & ~kept), vhalf_u);
 #endif
 }
+
+static inline void store(float *to, vfloat x) { *(vfloat_u *)to = x; }
+static inline void store(bfloat16 *to, vfloat x) { *(vhalf_u *)to = narrow(x); }
 
 static inline float get(const float *from) { return *from; }
 static inline float get(const bfloat16 *from) {
@@ -88,25 +90,56 @@ static inline vquad sum4(const vfloat x[4]) {
     return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }
 
-// to[r] = a . row r of b, for rows [rows, n] one after the other.
-template <class A, class B> static inline void dots(const A *a, const B *b, int64_t rows, int64_t n, float *to) {
-    int64_t whole = n / LANES * LANES, r = 0;
+// How many numbers `madd` takes at once, and sum + a * b for that many; products of bfloat16 are added in pairs.
+constexpr int64_t STRIDE = LANES * (4 / sizeof(value));
+static inline vfloat madd(vfloat sum, const float *a, const float *b) { return sum + load(a) * load(b); }
+static inline vfloat madd(vfloat sum, const bfloat16 *a, const bfloat16 *b) {
+#if defined(__AVX512BF16__)
+    return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(a), (__m512bh)_mm512_loadu_si512(b));
+#else
+    return sum + load(a) * load(b) + load(a + LANES) * load(b + LANES);
+#endif
+}
+
+// to[l * apart + r] = (line l of a) . (row r of b) * factor, for a few lines [lines, n], `stride` apart, and rows
+// [rows, n], one after the other: each row is loaded once for all lines.
+template <int lines>
+static inline void dots(const value *a, int64_t stride, const value *b, int64_t rows, int64_t n, float factor,
+                        float *to, int64_t apart) {
+    int64_t whole = n / STRIDE * STRIDE, r = 0;
     for (; r + 4 <= rows; r += 4) {
-        vfloat totals[4] = {};
-        for (int64_t i = 0; i < whole; i += LANES) {
-            vfloat part = load(a + i);
-            for (int k = 0; k < 4; k++) totals[k] += part * load(b + (r + k) * n + i);
+        vfloat totals[lines][4] = {};
+        for (int64_t i = 0; i < whole; i += STRIDE)
+            for (int k = 0; k < 4; k++)
+                for (int l = 0; l < lines; l++) totals[l][k] = madd(totals[l][k], a + l * stride + i, b + (r + k) * n + i);
+        for (int l = 0; l < lines; l++) {
+            vquad four = sum4(totals[l]);
+            memcpy(to + l * apart + r, &four, sizeof(four));
         }
-        vquad four = sum4(totals);
-        memcpy(to + r, &four, sizeof(four));
     }
-    for (; r < rows; r++) {
-        vfloat total = {};
-        for (int64_t i = 0; i < whole; i += LANES) total += load(a + i) * load(b + r * n + i);
-        to[r] = sum(total);
+    for (; r < rows; r++)
+        for (int l = 0; l < lines; l++) {
+            vfloat total = {};
+            for (int64_t i = 0; i < whole; i += STRIDE) total = madd(total, a + l * stride + i, b + r * n + i);
+            to[l * apart + r] = sum(total);
+        }
+    for (int l = 0; l < lines; l++)
+        for (r = 0; r < rows; r++) {
+            float &total = to[l * apart + r];
+            for (int64_t i = whole; i < n; i++) total += get(a + l * stride + i) * get(b + r * n + i);
+            total *= factor;
+        }
+}
+
+// Calls f(first, how many), the latter a constant, for n things four at a time.
+template <class F> static inline void by_four(int64_t n, F f) {
+    int64_t at = 0;
+    for (; at + 4 <= n; at += 4) f(at, std::integral_constant<int, 4>());
+    switch (n - at) {
+    case 1: f(at, std::integral_constant<int, 1>()); break;
+    case 2: f(at, std::integral_constant<int, 2>()); break;
+    case 3: f(at, std::integral_constant<int, 3>()); break;
     }
-    for (r = 0; r < rows; r++)
-        for (int64_t i = whole; i < n; i++) to[r] += get(a + i) * get(b + r * n + i);
 }
 
 // Asks for memory that is read soon: the processor does not foresee a jump from one allocation to the next.

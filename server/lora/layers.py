@@ -51,7 +51,8 @@ class LoraLinears:
     """The base's products of one input, plus each row's adapter."""
 
     def __init__(self, names: Sequence[str], numbers: Sequence[int], dense: Sequence[Dense], step: LoraStep):
-        self.dense, self._names, self._step, self._kernels = dense, names, step, dense[0].kernels
+        self.dense, self.numbers, self._names = dense, numbers, names
+        self._step, self._kernels = step, dense[0].kernels
         packed = [one.packed for one in dense if one.packed is not None]
         self._products = Products(packed) if len(packed) == len(dense) else None
         self._targets = Targets(numbers, [one.out_features for one in dense])

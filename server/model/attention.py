@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from server.kernels.ops import Kernels
 from server.model.kv import BlockTable, KVPool, KVShape
 
 NAME = "onebase"
@@ -106,6 +107,7 @@ class AttentionBatch:
     slots: torch.Tensor
     groups: list[DecodeGroup]
     chunks: list[PrefillChunk]
+    _records: torch.Tensor | None = None
 
     def run(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
@@ -113,28 +115,31 @@ class AttentionBatch:
         """query [heads, tokens, dim], key and value [kv_heads, tokens, dim] -> [tokens, heads, value_dim]."""
         self.pool.write(layer, self.slots, key, value)
         out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+        if self.pool.kernels is not None:
+            self._in_place(self.pool.kernels, layer, query, scale, window, out)
+            return out
         for group in self.groups:
-            if self.pool.kernels is not None:
-                self._decode_in_place(group, layer, query, scale, window, out)
-            else:
-                out.index_copy_(0, group.tokens, self._decode(group, layer, query, scale, window))
+            out.index_copy_(0, group.tokens, self._decode(group, layer, query, scale, window))
         for chunk in self.chunks:
             out[chunk.start : chunk.end] = self._prefill(chunk, layer, query, key, value, scale, window)
         return out
 
-    def _decode_in_place(
-        self,
-        group: DecodeGroup,
-        layer: int,
-        query: torch.Tensor,
-        scale: float,
-        window: int | None,
-        out: torch.Tensor,
+    def _in_place(
+        self, kernels: Kernels, layer: int, query: torch.Tensor, scale: float, window: int | None, out: torch.Tensor
     ) -> None:
-        pool = self.pool
-        assert pool.kernels is not None
-        rows = (group.tables, group.positions, group.tokens)
-        pool.kernels.decode(query, pool.keys[layer], pool.values[layer], *rows, pool.block_size, scale, window, out)
+        keys, values, size = self.pool.keys[layer], self.pool.values[layer], self.pool.block_size
+        for group in self.groups:
+            rows = (group.tables, group.positions, group.tokens)
+            kernels.decode(query, keys, values, *rows, size, scale, window, out)
+        if self.chunks:
+            kernels.prefill(query, keys, values, self.records(), size, scale, window, out)
+
+    def records(self) -> torch.Tensor:
+        """The chunks as `Kernels.prefill` wants them."""
+        if self._records is None:
+            rows = [(c.start, c.end - c.start, c.context, c.table.ids.data_ptr()) for c in self.chunks]
+            self._records = torch.tensor(rows, dtype=torch.long)
+        return self._records
 
     def _decode(
         self, group: DecodeGroup, layer: int, query: torch.Tensor, scale: float, window: int | None

@@ -39,11 +39,11 @@ class RmsNorm(nn.Module):
 
     def __init__(self, kernels: Kernels, weight: torch.Tensor, eps: float, offset: float):
         super().__init__()
-        self._kernels, self._eps, self._offset = kernels, eps, offset
+        self._kernels, self.eps, self.offset = kernels, eps, offset
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._kernels.rms_norm(x, self.weight, self._eps, self._offset)
+        return self._kernels.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class GatedMlp(nn.Module):
@@ -63,7 +63,7 @@ class RotaryAttention(nn.Module):
 
     def __init__(self, kernels: Kernels, original: Any, call: attention.LayerCall):
         super().__init__()
-        self._kernels, self._call, self._head_dim = kernels, call, original.head_dim
+        self._kernels, self.call, self._head_dim = kernels, call, original.head_dim
         self.layer_idx = original.layer_idx
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
             getattr(original, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -82,7 +82,7 @@ class RotaryAttention(nn.Module):
         cosine, sine = position_embeddings
         self._kernels.rope(query, key, cosine, sine)
         heads = (query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1))
-        out = attention.current().run(self.layer_idx, *heads, self._call.scale, self._call.window)
+        out = attention.current().run(self.layer_idx, *heads, self.call.scale, self.call.window)
         return self.o_proj(out.reshape(1, tokens, -1)), None
 
 
@@ -121,13 +121,13 @@ def _norm(module: Any, kernels: Kernels) -> nn.Module | None:
     x = torch.randn(3, len(weight), dtype=weight.dtype)
     for offset in (0.0, 1.0):
         new = RmsNorm(kernels, weight, eps, offset)
-        if _close(new(x), module(x), weight.dtype):
+        if close(new(x), module(x), weight.dtype):
             return new
     return None
 
 
 def _mlp(module: Any, kernels: Kernels) -> nn.Module | None:
-    if not _does_what(module, _MLPS):
+    if not does_what(module, _MLPS):
         return None
     x = torch.linspace(-8, 8, 64)
     silu = torch.equal(module.act_fn(x), nn.functional.silu(x))
@@ -136,12 +136,12 @@ def _mlp(module: Any, kernels: Kernels) -> nn.Module | None:
 
 def _attention(calls: dict[int, attention.LayerCall]) -> Make:
     def make(module: Any, kernels: Kernels) -> nn.Module | None:
-        return RotaryAttention(kernels, module, calls[module.layer_idx]) if _does_what(module, _ATTENTIONS) else None
+        return RotaryAttention(kernels, module, calls[module.layer_idx]) if does_what(module, _ATTENTIONS) else None
 
     return make
 
 
-def _does_what(module: object, kinds: tuple[Any, ...]) -> bool:
+def does_what(module: object, kinds: tuple[Any, ...]) -> bool:
     """Whether the module's forward is, instruction by instruction, that of one of `kinds`."""
     kind: Any = type(module)
     return _code(kind) in map(_code, kinds)
@@ -165,11 +165,12 @@ def _logits(model: Any) -> torch.Tensor:
 
 def _gives(model: Any, wanted: torch.Tensor, dtype: torch.dtype) -> bool:
     try:
-        return _close(_logits(model), wanted, dtype)
+        return close(_logits(model), wanted, dtype)
     except TypeError:  # a number format that the kernels are not for
         return False
 
 
-def _close(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> bool:
+def close(new: torch.Tensor, old: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether `new` is `old` but for rounding in `dtype`."""
     most = float(old.abs().max()) * _TOLERANCE[dtype]
     return bool((new.float() - old.float()).abs().max() <= most)

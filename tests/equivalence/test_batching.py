@@ -68,6 +68,21 @@ def test_any_way_of_batching(folder: Path, adapters: list[Path], oracle: Oracle,
         assert len(answer.tokens()) == 20
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_company_and_chunks_change_no_bit(folder: Path, adapters: list[Path], dtype: str) -> None:
+    """With the kernels; unless a row is preempted. Twice over, so that the second pass begins in the prefix cache."""
+
+    def answers(**options: Any) -> list[Any]:
+        with running(fresh_base(folder, dtype), **options) as engine:
+            return [
+                (answer.tokens(), answer.logprobs()) for _ in range(2) for answer in engine.run(*requests_of(adapters))
+            ]
+
+    alone = answers(max_running=1, max_batch_tokens=2048, blocks=2048)
+    assert answers(max_batch_tokens=16, blocks=2048) == alone
+    assert answers(max_batch_tokens=37, blocks=2048, prefix_cache=False) == alone
+
+
 def test_thirty_two_rows_over_sixteen_adapters(folder: Path, models: Path, oracle: Oracle) -> None:
     """Ranks 1, 4, 8, 16, 64 and different targets, with base rows among them."""
     targets = [ATTENTION, MLP, ATTENTION + MLP, ["v_proj"], ["o_proj", "up_proj"]]

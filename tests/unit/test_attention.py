@@ -178,6 +178,30 @@ def test_a_prompt_in_chunks_then_token_by_token_is_the_prompt_at_once(window: in
     assert done == 30
 
 
+@pytest.mark.parametrize("window", [None, 1, 50, 100])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dims"), [(9, 3, (64, 64)), (4, 4, (20, 36)), (40, 1, (8, 8)), (200, 2, (5, 3))]
+)
+def test_long_prompts_are_dense_attention_and_their_chunks_the_whole(
+    heads: int, kv_heads: int, dims: tuple[int, int], window: int | None
+) -> None:
+    """Several tiles of keys and of queries, tiles that end anywhere; to the bit the same in chunks as at once."""
+    torch.manual_seed(heads)
+    one, scale = line(0, 170, heads, kv_heads, dims), dims[0] ** -0.5
+    pool = pool_of(kv_heads, dims, True, torch.nan)
+    whole = run([one], lay_out([one], pool, random.Random(1), 8), scale, window)
+    assert_right([one], whole, scale, window)
+    done = 0
+    for count in (2, 63, 3, 98, 4):
+        places = [one.blocks[at // SIZE] * SIZE + at % SIZE for at in range(done, done + count)]
+        chunk = PrefillChunk(0, count, done, BlockTable(tensor(one.blocks)))
+        batch = AttentionBatch(pool, tensor(places), [], [chunk])
+        parts = [side[:, done : done + count] for side in (one.query, one.key, one.value)]
+        assert torch.equal(batch.run(0, *parts, scale, window), whole[done : done + count])
+        done += count
+    assert done == 170
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_what_others_left_or_compute_does_not_leak(bad: float, kernels: bool) -> None:
     """One row's own numbers are not finite, in a decode group and in a chunk; all others come out to the bit."""

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
     "lora": BOTTOM | {"kernels"},
     "model": BOTTOM | {"kernels"},
-    "engine": BOTTOM | {"lora", "model"},
+    "engine": BOTTOM | {"kernels", "lora", "model"},
     "registry": BOTTOM | {"lora.eviction", "lora.weights", "lora.spec"},
     "tenants": BOTTOM,
     "metrics": {"engine.messages"},

@@ -1,0 +1,173 @@
+"""Decoder layers of Llama's kind as one call of the kernels each: between two layers' calls there is all the Python
+of a step, and none of it within.
+
+A layer is taken over when its own code is that of a family known to do what kernels/layer.cpp does, all its parts are
+already ours, and the model's logits stay what they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from server.kernels import layer as records
+from server.kernels.ops import Kernels, Products, Targets
+from server.lora.groups import GroupMember
+from server.lora.layers import LoraLinears, LoraStep
+from server.model import attention, fused
+from server.model.attention import AttentionBatch, PrefillChunk
+from server.model.kv import BlockTable, KVPool
+
+log = logging.getLogger("onebase.engine")
+
+_PROBE_TOKENS = 12
+
+
+def install(model: Any, kernels: Kernels, pool: KVPool, lora: LoraStep) -> int:
+    """Takes over the layers of `model`, all or none; how many."""
+    layers = [module for module in model.modules() if fused.does_what(module, (LlamaDecoderLayer,))]
+    described = [_describe(layer, pool) for layer in layers]
+    found = [one for one in described if one is not None]
+    if not found or len(found) < len(pool.keys):
+        return 0
+    wanted, steps = _logits(model, pool), Steps(kernels, lora, found)
+    for layer, description in zip(layers, found, strict=True):
+        layer.forward = Call(steps, description)  # names and weights stay where they are
+    if fused.close(_logits(model, pool), wanted, kernels.dtype):
+        return len(found)
+    log.info("%s keeps its own layers", type(model).__name__)
+    for layer in layers:
+        del layer.forward
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """A layer's record, and what it points to."""
+
+    record: records.Layer
+    hidden: int
+    kept: tuple[object, ...]
+
+
+class Steps:
+    """The record of the step in progress, made by the first layer that is called in it."""
+
+    def __init__(self, kernels: Kernels, lora: LoraStep, layers: list[Description]):
+        self.kernels, self._lora = kernels, lora
+        self._numbers = max(one.record.numbers(1, one.hidden, one.record.down.ins) for one in layers)
+        self._room = torch.empty(0, dtype=kernels.dtype)
+        self._batch: object = None
+        self._record = records.Step()
+        self._kept: tuple[object, ...] = ()
+
+    def of(self, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> records.Step:
+        """The record for this layer's input [1, tokens, hidden] and its cosines and sines [1, tokens, rotary]."""
+        batch = attention.current()
+        if batch is not self._batch or angles is not self._kept[0]:
+            assert isinstance(batch, AttentionBatch)
+            self._batch, self._record = batch, self._make(batch, hidden.shape[1], angles)
+        return self._record
+
+    def _make(self, batch: AttentionBatch, tokens: int, angles: tuple[torch.Tensor, torch.Tensor]) -> records.Step:
+        cosine, sine = (side.to(self.kernels.dtype).contiguous() for side in angles)
+        if len(self._room) < tokens * self._numbers:
+            self._room = torch.empty(tokens * self._numbers, dtype=self.kernels.dtype)
+        tables = self._lora.batch.tables if self._lora.batch is not None else None
+        self._kept = (angles, cosine, sine, tables)
+        step = records.Step(
+            tokens=tokens,
+            cosine=cosine.data_ptr(),
+            sine=sine.data_ptr(),
+            rotary=cosine.shape[-1],
+            slots=batch.slots.data_ptr(),
+            adapters=0 if tables is None else tables.data_ptr(),
+            room=self._room.data_ptr(),
+        )
+        if batch.groups:
+            (group,) = batch.groups
+            step.tables, step.width = group.tables.data_ptr(), group.tables.shape[1]
+            step.positions, step.places, step.decodes = (
+                group.positions.data_ptr(),
+                group.tokens.data_ptr(),
+                len(group.tokens),
+            )
+        if batch.chunks:
+            step.chunks, step.chunk_count = batch.records().data_ptr(), len(batch.chunks)
+        return step
+
+
+class Call:
+    """Stands for the forward of one layer."""
+
+    def __init__(self, steps: Steps, description: Description):
+        self._steps, self._description = steps, description
+
+    def __call__(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object
+    ) -> torch.Tensor:
+        """hidden_states [1, tokens, hidden], contiguous; changed in place and handed back."""
+        steps = self._steps
+        steps.kernels.layer(hidden_states, self._description.record, steps.of(hidden_states, position_embeddings))
+        return hidden_states
+
+
+def _describe(layer: Any, pool: KVPool) -> Description | None:
+    """None when a part of the layer is not one of ours."""
+    of, mlp = layer.self_attn, layer.mlp
+    norms = (layer.input_layernorm, layer.post_attention_layernorm)
+    ours = isinstance(of, fused.RotaryAttention) and isinstance(mlp, fused.GatedMlp)
+    if not ours or not all(isinstance(norm, fused.RmsNorm) for norm in norms):
+        return None
+    parts = [_linears(of.q_proj, of.k_proj, of.v_proj), _linears(of.o_proj)]
+    parts += [_linears(mlp.gate_proj, mlp.up_proj), _linears(mlp.down_proj)]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    qkv, out, gate_up, down = (record for record, _ in found)
+    keys, values = pool.keys[of.layer_idx], pool.values[of.layer_idx]
+    heads, _, dim = keys.shape
+    record = records.Layer(
+        *(_norm(norm) for norm in (*norms, of.q_norm, of.k_norm)),
+        *(qkv, out, gate_up, down, keys.data_ptr(), values.data_ptr()),
+        *(out.ins // dim, heads, dim, keys.shape[1], pool.block_size, of.call.window or 0, of.call.scale),
+    )
+    return Description(record, qkv.ins, (found, norms, of.q_norm, of.k_norm, keys, values))
+
+
+def _norm(norm: fused.RmsNorm | None) -> records.Norm:
+    return records.Norm() if norm is None else records.Norm(norm.weight.data_ptr(), norm.eps, norm.offset)
+
+
+def _linears(*modules: Any) -> tuple[records.Linears, tuple[object, ...]] | None:
+    """The record of linears that are computed together, and what it points to."""
+    members = [module for module in modules if isinstance(module, GroupMember)]
+    groups = {id(member.shared): member.shared.group for member in members}
+    if len(members) < len(modules) or len(groups) != 1:
+        return None
+    (group,) = groups.values()
+    if not isinstance(group, LoraLinears) or len(group.dense) != len(modules):
+        return None
+    packed = [one.packed for one in group.dense if one.packed is not None]
+    if len(packed) < len(modules):
+        return None
+    products, targets = Products(packed), Targets(group.numbers, [one.out_features for one in group.dense])
+    record = records.Linears(
+        *(products.address, targets.address, len(packed), packed[0].steps, group.dense[0].in_features)
+    )
+    return record, (products, targets)
+
+
+def _logits(model: Any, pool: KVPool) -> torch.Tensor:
+    """Of a short prompt in the pool's first blocks, which nobody has yet."""
+    ids = (torch.arange(_PROBE_TOKENS) * 7919 + 5) % model.config.get_text_config().vocab_size
+    places = torch.arange(_PROBE_TOKENS)
+    blocks = torch.arange(-(-_PROBE_TOKENS // pool.block_size))
+    batch = AttentionBatch(pool, places, [], [PrefillChunk(0, _PROBE_TOKENS, 0, BlockTable(blocks))])
+    with torch.inference_mode(), attention.step(batch):
+        out = model(input_ids=ids[None], position_ids=places[None], use_cache=False)
+    return out.logits[0].float()
