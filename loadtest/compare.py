@@ -16,7 +16,7 @@ from typing import Any
 
 from loadtest import comparison
 from loadtest.adapters import Adapter, write
-from loadtest.peers import llamacpp, onebase, static, vllm
+from loadtest.peers import engine, llamacpp, onebase, static, vllm
 from loadtest.peers.peer import RANK, TARGETS, Case, NotThere, Peer, Setting, cases
 from loadtest.progress import Tick, bar
 from loadtest.stamp import stamp
@@ -24,7 +24,7 @@ from server.model.bundled import DEFAULT_DATA_DIR, materialise
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = Path(os.environ.get("PEERS_DIR", "~/.cache/onebase-peers")).expanduser()
-SIDES = ("onebase", "transformers", "llama.cpp", "vllm")
+SIDES = ("onebase", "engine", "transformers", "llama.cpp", "vllm")
 DTYPES = ("float32", "bfloat16")
 WARM_TOKENS = 4
 
@@ -81,6 +81,7 @@ def start(setting: Setting, sides: list[str], peers: list[Peer]) -> dict[str, st
     starters: list[tuple[str, str, Callable[[], Sequence[Peer]]]] = []
     for dtype in DTYPES:
         starters.append(("onebase", f"onebase {dtype}", partial(onebase.start, setting, dtype)))
+        starters.append(("engine", f"{engine.NAME} {dtype}", partial(engine.start, setting, dtype)))
         starters.append(("transformers", f"PEFT {dtype}", partial(static.start, setting, dtype)))
     starters.append(("llama.cpp", "llama.cpp float16", partial(llamacpp.start, setting, PEERS)))
     starters.append(("vllm", "vLLM bfloat16", partial(vllm.start, setting, PEERS)))

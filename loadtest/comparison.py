@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.markdown import number, table
+from loadtest.peers import engine
 from loadtest.peers.peer import RANK
 from loadtest.plot import figure
 
@@ -62,9 +63,16 @@ def ratios(report: dict[str, Any]) -> dict[str, float | None]:
         found[f"prefill, {dtype}: arithmetic done / what the machine's matmul does"] = _over(
             _prefill_rate(report, f"onebase {dtype}"), report["floors"]["before"][f"matmul {dtype} 256 rows GFLOP/s"]
         )
+        found[f"adapters, {dtype}: over HTTP / the bare engine"] = _over(
+            _of(report, f"onebase {dtype}", "adapters"), _of(report, f"{engine.NAME} {dtype}", "adapters")
+        )
     ours = [f"onebase {dtype}" for dtype in BYTES]
     servers = ["llama.cpp float16", "vLLM bfloat16"]
-    narrow = [side for side in report["medians"] if side.endswith(SIXTEEN_BIT) and side not in ours]
+    narrow = [
+        side
+        for side in report["medians"]
+        if side.endswith(SIXTEEN_BIT) and side not in ours and engine.NAME not in side
+    ]
     found["adapters: onebase / better of llama.cpp and vLLM"] = _over(
         _best(report, ours, "adapters"), _best(report, servers, "adapters")
     )
@@ -90,6 +98,8 @@ def measured(report: dict[str, Any]) -> str:
     )
     lines = []
     for side in report["medians"]:
+        if side.startswith(engine.NAME):
+            continue  # nobody can ask it anything
         values = (
             _of(report, side, "adapters"),
             _of(report, side, "base"),
@@ -144,7 +154,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     made, (axes,) = figure(1, 3, (13, 4))
     titles = {"adapters": "at once on as many adapters", "base": "at once on the base", "one": "alone, decode"}
     for one, (case, title) in zip(axes, titles.items(), strict=True):
-        sides = [side for side in report["medians"] if _of(report, side, case)]
+        sides = [side for side in report["medians"] if _of(report, side, case) and not side.startswith(engine.NAME)]
         colours = ["tab:orange" if side.startswith("onebase") else "tab:gray" for side in sides]
         one.barh(sides, [_of(report, side, case) for side in sides], color=colours)
         one.invert_yaxis()

@@ -150,6 +150,7 @@ def kinds() -> list[Kind]:
             16,
             tuple(one for pair in zip([None] * 8, some(8), strict=True) for one in pair),
         ),
+        Kind("half of the rows on one adapter", 16, (None, *some(1))),
         *(Kind(f"rank {rank}", 16, some(16, rank)) for rank in (16, 32, 64)),
         Kind("ranks 8 to 64", 16, tuple(Adapter(at, (8, 16, 32, 64)[at % 4], "attention") for at in range(16))),
         *(Kind(f"{count} adapters", 16, some(count)) for count in (1, 4)),
@@ -219,7 +220,10 @@ def ratios(cost: dict[str, float], base: Base, loaded: dict[str, AdapterWeights]
     for name, adapters in (("attention, rank 8", some(16)), ("all linear, rank 16", some(16, 16, "linear"))):
         found[f"{name} / base"] = cost["base"] / cost[name]
         found[f"{name}: what the bytes allow"] = read / (read + sum(loaded[one.name].nbytes for one in adapters))
-    found["base rows beside as many LoRA rows / base"] = cost["base"] / cost["half of the rows on adapters"]
+    for name, count in (("adapters", 8), ("one adapter", 1)):
+        found[f"base rows beside as many on {name} / base"] = cost["base"] / cost[f"half of the rows on {name}"]
+        lora = sum(loaded[one.name].nbytes for one in some(count))
+        found[f"base rows beside as many on {name}: what the bytes allow"] = read / (read + lora)
     return found
 
 

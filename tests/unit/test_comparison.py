@@ -38,6 +38,7 @@ REPORT: dict[str, Any] = {
             "one": {"tokens_per_s": 30.0, "decode_tokens_per_s": 60.0, "ttft_ms": 50.0},
             "prefill": {"seconds": 4.0},
         },
+        "bare engine bfloat16": {"adapters": {"tokens_per_s": 320.0}, "base": {"tokens_per_s": 400.0}},
         "transformers bfloat16": {"base": {"tokens_per_s": 100.0}, "one": {"decode_tokens_per_s": 20.0}},
         "PEFT float32": {"adapters": {"tokens_per_s": 50.0}},
         "llama.cpp float16": {
@@ -55,6 +56,7 @@ def test_ratios_are_those_of_the_bars() -> None:
     assert found["adapters, float32: onebase / PEFT"] == 4
     assert found["adapters, bfloat16: onebase / PEFT"] is None
     assert found["onebase float32: adapters / base"] == pytest.approx(0.8)
+    assert found["adapters, bfloat16: over HTTP / the bare engine"] == pytest.approx(300 / 320)
     assert found["adapters: onebase / better of llama.cpp and vLLM"] == 5
     assert found["base: onebase / best peer of 16-bit weights"] == 2
     assert found["one request, decode: onebase / llama.cpp"] == pytest.approx(0.6)
