@@ -102,6 +102,7 @@ async def _on_gone(request: Request, fault: Any) -> Response:
 async def _on_unexpected(request: Request, fault: Any) -> Response:
     log.error("unexpected fault", exc_info=fault)
     response = answer(OnebaseError("an unexpected error; the server's log has more"))
+    response.headers["Connection"] = "close"  # uvicorn closes it after a fault; a client must not send more on it
     request_id = request.scope.get("state", {}).get("request_id")
     if request_id:  # this handler's answer is sent outside the middleware that adds it
         response.headers["x-request-id"] = request_id

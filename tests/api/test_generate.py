@@ -376,6 +376,7 @@ def test_every_answer_has_a_request_id(server, monkeypatch):
     answers.append(server.http.post("/v1/generate", json={"prompt": "a"}))
     assert [answer.status_code for answer in answers] == [200, 404, 422, 404, 413, 200, 500]
     assert len({answer.headers["x-request-id"] for answer in answers}) == len(answers)
+    assert answers[-1].headers["connection"] == "close"
     for answer in answers[1:5] + answers[6:]:
         refused(answer, answer.status_code)
         assert "ZeroDivision" not in answer.text
