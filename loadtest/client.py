@@ -115,7 +115,8 @@ class Client:
                 if "error" in chunk or line.startswith(b"error"):
                     raise Fault(f"in the stream: {_told(chunk)}")
                 piece = self._dialect.read(chunk)
-                if piece.tokens:
+                # A lone token without text of its own, such as half of a character, shows in the total only.
+                if piece.tokens or (piece.total and not trace.times):
                     trace.times.append(now)
                     trace.tokens += piece.tokens
                 if piece.total is not None:

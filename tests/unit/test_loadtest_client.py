@@ -109,6 +109,23 @@ def only_error(fake: Fake, **more: Any) -> str | None:
     return trace.error
 
 
+@pytest.mark.parametrize(("dialect", "key"), [(OpenAI(NAMES, "tiny"), "text"), (Llama([7, 4]), "content")])
+def test_a_lone_token_without_text_is_one(dialect: Dialect, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a character: the text is empty, and only the counts at the end say that there was a token."""
+
+    def silent(chunks: list[Any]) -> list[Any]:
+        for chunk in chunks:
+            for part in chunk.get("choices", [chunk]) if isinstance(chunk, dict) else ():
+                part.update({key: "", "tokens": []})
+        return chunks
+
+    made = "_openai" if key == "text" else "_llama"
+    original = getattr(Fake, made)
+    monkeypatch.setattr(Fake, made, lambda self, body: silent(original(self, body)))
+    (trace,) = served(Fake(), ask(1, new=1), dialect).traces
+    assert (trace.error, trace.tokens, len(trace.times)) == (None, 1, 1)
+
+
 @pytest.mark.parametrize(
     "dialect", [Onebase(NAMES), OpenAI(NAMES, "tiny"), Llama([7, 4])], ids=["onebase", "openai", "llama"]
 )
