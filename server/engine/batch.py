@@ -128,14 +128,13 @@ def _lora(ordered: list[Work], starts: list[int], tokens: int, kernels: bool, te
     runs = _runs(ordered, starts)
     if not runs:
         return None
-    touched = frozenset[str]().union(*(adapter.modules for _, _, adapter in runs))
     if not kernels:
-        return LoraBatch(touched, runs=runs)
+        return LoraBatch(runs)
     addresses = [0] * tokens
     for start, end, adapter in runs:
         assert adapter.addresses is not None
         addresses[start:end] = [adapter.addresses.data_ptr()] * (end - start)
-    return LoraBatch(touched, tables=tensor(addresses))
+    return LoraBatch(runs, tensor(addresses))
 
 
 def _runs(ordered: list[Work], starts: list[int]) -> list[tuple[int, int, AdapterWeights]]:

@@ -15,7 +15,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from server.kernels import layer as records
-from server.kernels.ops import Kernels, Products, Targets
+from server.kernels.ops import Kernels, Products
 from server.lora.groups import GroupMember
 from server.lora.layers import LoraLinears, LoraStep
 from server.model import attention, fused
@@ -155,11 +155,8 @@ def _linears(*modules: Any) -> tuple[records.Linears, tuple[object, ...]] | None
     packed = [one.packed for one in group.dense if one.packed is not None]
     if len(packed) < len(modules):
         return None
-    products, targets = Products(packed), Targets(group.numbers, [one.out_features for one in group.dense])
-    record = records.Linears(
-        *(products.address, targets.address, len(packed), packed[0].steps, group.dense[0].in_features)
-    )
-    return record, (products, targets)
+    products = Products(packed, group.numbers)
+    return records.Linears(products.address, len(packed), packed[0].steps, group.dense[0].in_features), (products,)
 
 
 def _logits(model: Any, pool: KVPool) -> torch.Tensor:

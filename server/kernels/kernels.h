@@ -1,20 +1,42 @@
 // The kernels, for those that call each other.
 #pragma once
 #include "vectors.h"
+#include <time.h>
 
-// One of the products of the same x. `bias` may be null.
+// One of the products of the same x: its weight, its number in the adapters' tables. `bias` may be null.
 struct Product {
     const uint32_t *w;
     const float *bias;
     value *y;
-    int64_t outs;
+    int64_t outs, module;
 };
 
-// One linear of the base as adapters know it: its number in their tables, and its output for the same x.
-struct Target {
-    value *y;
-    int64_t module, out;
+// Each token's adapter, named by its table; null: the base's.
+struct Adapters {
+    const int64_t *const *tables;
+    int64_t tokens;
 };
+
+// What an adapter adds to one linear; rank 0: nothing.
+struct Pair {
+    const value *a, *b;
+    int64_t rank;
+};
+
+static inline Pair pair_of(const int64_t *table, int64_t module) {
+    if (!table) return {nullptr, nullptr, 0};
+    const int64_t *entry = table + 3 * module;
+    return {(const value *)entry[0], (const value *)entry[1], entry[2]};
+}
+
+// s [tokens, stride] of one module; stride 0: no token's adapter has it.
+struct Shrunk {
+    float *s;
+    int64_t stride, module;
+};
+
+int64_t highest_rank(const Adapters &adapters, int64_t module);
+void shrink(const value *x, int64_t in, const Adapters &adapters, const Shrunk *modules, int64_t count);
 
 // A run of one row's prompt: packed tokens start..start+count, after `context` tokens; `blocks` hold its keys.
 struct Chunk {
@@ -22,10 +44,16 @@ struct Chunk {
     const int64_t *blocks;
 };
 
+// Nanoseconds now.
+static inline int64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * 1000000000 + time.tv_nsec;
+}
+
 extern "C" {
-void linear(const uint32_t *x, int64_t rows, int64_t steps, const Product *products, int64_t count);
-void lora(const value *x, int64_t in, const int64_t *const *tables, int64_t tokens, const Target *targets,
-          int64_t count);
+void linear(const uint32_t *x, int64_t rows, int64_t steps, const Product *products, int64_t count,
+            const int64_t *const *tables, int64_t *spent);
 void rope(value *query, value *key, const value *cosine, const value *sine, int64_t tokens, int64_t heads,
           int64_t kv_heads, int64_t dim, int64_t rotary);
 void store_kv(const value *key, int64_t key_token, int64_t key_head, const value *fresh, int64_t fresh_token,

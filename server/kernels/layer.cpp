@@ -3,8 +3,6 @@
 //
 // layer.py describes the same structures; what they are is said there. `apply` is where the adapters come in.
 #include "kernels.h"
-#include <algorithm>
-#include <time.h>
 
 namespace {
 constexpr int64_t MOST = 3; // linears of one input
@@ -16,7 +14,6 @@ struct Norm {
 
 struct Linears {
     const Product *products;
-    const Target *targets;
     int64_t count, steps, ins;
 };
 
@@ -45,15 +42,9 @@ struct Step {
 
 enum Part { LINEARS, LORA, ATTENTION, POINTWISE };
 
-// Adds what has passed since the last mark to a part's nanoseconds.
+// Adds what has passed since the last mark to a part's nanoseconds; `linear` counts its own two.
 struct Clock {
     int64_t *spent, last;
-
-    static int64_t now() {
-        timespec time;
-        clock_gettime(CLOCK_MONOTONIC, &time);
-        return time.tv_sec * 1000000000 + time.tv_nsec;
-    }
 
     explicit Clock(int64_t *spent) : spent(spent), last(now()) {}
 
@@ -64,30 +55,16 @@ struct Clock {
     }
 };
 
-bool asked(const Step &step, const Target &target) {
-    return std::any_of(step.adapters, step.adapters + step.tokens,
-                       [&](const int64_t *table) { return table && table[3 * target.module + 2]; });
-}
-
-// The outputs of all linears of `part`, one [tokens, out] after the other; returns where they end.
-value *apply(const Linears &part, const value *x, const Step &step, value *to, Clock &clock) {
+// The outputs of all linears of `part`, one [tokens, out] after the other.
+void apply(const Linears &part, const value *x, const Step &step, value *to, Clock &clock) {
     Product products[MOST];
-    Target targets[MOST];
-    int64_t wanted = 0;
     for (int64_t i = 0; i < part.count; i++) {
         products[i] = part.products[i];
         products[i].y = to;
-        if (step.adapters && asked(step, part.targets[i])) {
-            targets[wanted] = part.targets[i];
-            targets[wanted++].y = to;
-        }
         to += step.tokens * products[i].outs;
     }
-    linear((const uint32_t *)x, step.tokens, part.steps, products, part.count);
-    clock.mark(LINEARS);
-    if (wanted) lora(x, part.ins, step.adapters, step.tokens, targets, wanted);
-    clock.mark(LORA);
-    return to;
+    linear((const uint32_t *)x, step.tokens, part.steps, products, part.count, step.adapters, clock.spent);
+    clock.last = now();
 }
 
 void normed(const Norm &norm, const value *x, value *y, int64_t rows, int64_t dim) {

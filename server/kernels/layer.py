@@ -20,9 +20,9 @@ class Norm(ctypes.Structure):
 
 
 class Linears(ctypes.Structure):
-    """Linears of one input: the records of their `Products` and `Targets`, at most three."""
+    """Linears of one input: the records of their `Products`, at most three."""
 
-    _fields_ = (("products", _POINTER), ("targets", _POINTER), ("count", _INT), ("steps", _INT), ("ins", _INT))
+    _fields_ = (("products", _POINTER), ("count", _INT), ("steps", _INT), ("ins", _INT))
 
 
 class Layer(ctypes.Structure):

@@ -26,8 +26,7 @@ _SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "linear": (_POINTER, _INT, _INT, _POINTER, _INT),
-    "lora": (_POINTER, _INT, _POINTER, _INT, _POINTER, _INT),
+    "linear": (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER),
     "rope": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT),
     "store_kv": (_POINTER, _INT, _INT, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, *(_INT,) * 5),
     "decode": (

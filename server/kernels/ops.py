@@ -16,6 +16,7 @@ import torch
 from server.kernels.layer import LAYER_PARTS, Layer, Step
 from server.kernels.library import library
 
+_FIELDS, _OUTPUT = 5, 2  # of a product's record, and where its output stands
 _VALUES = {torch.float32: "float", torch.bfloat16: "bfloat16"}
 
 
@@ -30,23 +31,17 @@ class Packed:
 
 
 class Products:
-    """Weights that are multiplied by the same x, as linear.cpp is told of them. One thread uses an object at a time."""
+    """Weights that are multiplied by the same x, as linear.cpp is told of them: with their numbers in the tables of
+    adapters, where they have any. One thread uses an object at a time."""
 
-    def __init__(self, weights: Sequence[Packed]):
+    def __init__(self, weights: Sequence[Packed], modules: Sequence[int] | None = None):
         self.weights, self.count, self.steps = weights, len(weights), weights[0].steps
         self.outs = [weight.outs for weight in weights]
-        rows = [(w.data.data_ptr(), 0 if w.bias is None else w.bias.data_ptr(), 0, w.outs) for w in weights]
-        self.records = (ctypes.c_int64 * (4 * self.count))(*itertools.chain.from_iterable(rows))
-        self.address = ctypes.addressof(self.records)
-
-
-class Targets:
-    """Linears of the same input as lora.cpp is told of them: their numbers in the adapters' tables, and their outs."""
-
-    def __init__(self, modules: Sequence[int], outs: Sequence[int]):
-        self.count = len(modules)
-        rows = [(0, module, out) for module, out in zip(modules, outs, strict=True)]
-        self.records = (ctypes.c_int64 * (3 * self.count))(*itertools.chain.from_iterable(rows))
+        rows = [
+            (weight.data.data_ptr(), 0 if weight.bias is None else weight.bias.data_ptr(), 0, weight.outs, module)
+            for weight, module in zip(weights, modules or [0] * self.count, strict=True)
+        ]
+        self.records = (ctypes.c_int64 * (_FIELDS * self.count))(*itertools.chain.from_iterable(rows))
         self.address = ctypes.addressof(self.records)
 
 
@@ -58,12 +53,13 @@ def kernels_for(dtype: torch.dtype, device: torch.device) -> Kernels | None:
 
 
 class Kernels:
-    """One compiled library and its number format. `spent`: nanoseconds of all calls of `layer`, by LAYER_PARTS."""
+    """One compiled library and its number format. `spent`: nanoseconds of all calls of `linears` and `layer`, by
+    LAYER_PARTS."""
 
     def __init__(self, built: ctypes.CDLL, dtype: torch.dtype):
         self._built, self.dtype = built, dtype
         self.spent = (ctypes.c_int64 * len(LAYER_PARTS))()
-        self._linear, self._lora = built.linear, built.lora
+        self._linear = built.linear
         self._panel = int(built.panel_width())
         self._per_word = 4 // dtype.itemsize
 
@@ -84,27 +80,22 @@ class Kernels:
         whole = packed.data.transpose(1, 2).reshape(-1, packed.steps * self._per_word)
         return whole[: packed.outs].contiguous()
 
-    def linears(self, x: torch.Tensor, products: Products) -> list[torch.Tensor]:
-        """x [..., ins] -> for each weight x W^T + bias [..., outs]. A row's result does not depend on the others."""
+    def linears(self, x: torch.Tensor, products: Products, tables: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """x [..., ins] -> for each weight x W^T + bias [..., outs], plus (x A^T) B of each token's own adapter.
+
+        `tables` [tokens] int64: the address of the token's adapter table ([modules, 3] int64: A, B, rank), 0: none.
+        A row's result does not depend on the others.
+        """
         self._check(x)
         x = x.contiguous()
         shape, records = x.shape[:-1], products.records
         found = [x.new_empty((*shape, outs)) for outs in products.outs]
         for number, y in enumerate(found):
-            records[4 * number + 2] = y.data_ptr()
-        self._linear(x.data_ptr(), found[0].numel() // products.outs[0], products.steps, records, products.count)
+            records[_FIELDS * number + _OUTPUT] = y.data_ptr()
+        rows = found[0].numel() // products.outs[0]
+        adapters = 0 if tables is None else tables.data_ptr()
+        self._linear(x.data_ptr(), rows, products.steps, records, products.count, adapters, self.spent)
         return found
-
-    def loras(self, x: torch.Tensor, found: Sequence[torch.Tensor], tables: torch.Tensor, targets: Targets) -> None:
-        """Adds (x [..., ins] A^T) B to each target's output, in place, by each token's own adapter.
-
-        `tables` [tokens] int64: the address of the token's adapter table ([modules, 3] int64: A, B, rank), 0: none.
-        """
-        self._check(x, found[0])
-        x, records = x.contiguous(), targets.records
-        for number, y in enumerate(found):
-            records[3 * number] = y.data_ptr()
-        self._lora(x.data_ptr(), x.shape[-1], tables.data_ptr(), tables.shape[0], records, targets.count)
 
     def rope(self, query: torch.Tensor, key: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> None:
         """Rotary embedding in place: query, key [tokens, heads, dim]; cosine, sine [tokens, rotary <= dim], which may

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from server.core import BaseInfo
-from server.kernels.ops import Kernels, Products, Targets
+from server.kernels.ops import Kernels, Products
 from server.lora.dense import Dense, Head
 from server.lora.groups import grouped, put
 from server.lora.weights import AdapterWeights
@@ -20,14 +20,13 @@ from server.lora.weights import AdapterWeights
 class LoraBatch:
     """Which adapter each token of a step belongs to; tokens that nobody claims are the base's and cost nothing.
 
-    `touched` are the modules that any adapter of the step has. With kernels, `tables` [tokens] int64 holds for each
+    `runs` (start, end, adapter) are the packed tokens of each. For the kernels, `tables` [tokens] int64 holds for each
     token the address of its adapter's table (AdapterWeights.addresses), or 0; the requests of the step keep the
-    adapters alive. Without, `runs` (start, end, adapter) are the packed tokens of each.
+    adapters alive.
     """
 
-    touched: frozenset[str]
+    runs: Sequence[tuple[int, int, AdapterWeights]]
     tables: torch.Tensor | None = None
-    runs: Sequence[tuple[int, int, AdapterWeights]] = ()
 
     def add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """y [tokens, out] += (x [tokens, in] A^T) B of each run's adapter, in place; scaling is inside B.
@@ -54,21 +53,15 @@ class LoraLinears:
         self.dense, self.numbers, self._names = dense, numbers, names
         self._step, self._kernels = step, dense[0].kernels
         packed = [one.packed for one in dense if one.packed is not None]
-        self._products = Products(packed) if len(packed) == len(dense) else None
-        self._targets = Targets(numbers, [one.out_features for one in dense])
+        self._products = Products(packed, numbers) if len(packed) == len(dense) else None
 
     def outputs(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """x [..., in] -> each linear's output [..., out]."""
-        kernels, batch = self._kernels, self._step.batch
-        if kernels is not None and self._products is not None:
-            found = kernels.linears(x, self._products)
-        else:
-            found = [one(x) for one in self.dense]
-        if batch is None or batch.touched.isdisjoint(self._names):
-            return found
-        if kernels is not None and batch.tables is not None:
-            kernels.loras(x, found, batch.tables, self._targets)
-        else:
+        batch = self._step.batch
+        if self._kernels is not None and self._products is not None:
+            return self._kernels.linears(x, self._products, batch.tables if batch is not None else None)
+        found = [one(x) for one in self.dense]
+        if batch is not None:
             for name, y in zip(self._names, found, strict=True):
                 batch.add(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.kernels import library
-from server.kernels.ops import Kernels, Packed, Products, Targets, kernels_for
+from server.kernels.ops import Kernels, Packed, Products, kernels_for
 from server.lora.weights import LoraPair
 
 CPU = torch.device("cpu")
@@ -17,10 +17,6 @@ CPU = torch.device("cpu")
 
 def linear(kernels: Kernels, x: torch.Tensor, packed: Packed) -> torch.Tensor:
     return kernels.linears(x, Products([packed]))[0]
-
-
-def lora(kernels: Kernels, x: torch.Tensor, y: torch.Tensor, tables: torch.Tensor, module: int) -> None:
-    kernels.loras(x, [y], tables, Targets([module], [y.shape[-1]]))
 
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # of the largest value
@@ -83,7 +79,13 @@ def tables_of(pairs: list[list[LoraPair | None]]) -> list[torch.Tensor]:
     return [torch.tensor(one, dtype=torch.long) for one in entries]
 
 
-@pytest.mark.parametrize(("ins", "outs"), [(576, 1536), (64, 24), (37, 51), (5, 7)])
+def packed_of(kernels: Kernels, weight: torch.Tensor) -> Packed:
+    found = kernels.pack(weight.to(kernels.dtype), None)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("ins", "outs"), [(576, 1536), (64, 24), (38, 51), (6, 7), (600, 48)])
 def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs: int) -> None:
     ranks = [[1, 0], [4, 8], [7, 3], [64, 16], [0, 5]]
     pairs = [
@@ -94,22 +96,25 @@ def test_lora_mixes_ranks_modules_and_the_base(kernels: Kernels, ins: int, outs:
         for one in ranks
     ]
     tables = tables_of(pairs)
-    for owners in ([0], [-1, 2, 2, 2, 2, 2, -1, 3], [4] * 40, [0, 1, 2, 3, 4] * 5, [1] * 9 + [-1] * 3 + [3] * 22):
-        x, y = (torch.randn(len(owners), n).to(kernels.dtype) for n in (ins, outs))
+    packed = packed_of(kernels, torch.randn(outs, ins))
+    weight = kernels.unpack(packed).double()
+    for owners in ([0], [-1, 2, 2, 2, 2, 2, -1, 3], [4] * 40, [0, 1, 2, 3, 4] * 5, [1] * 9 + [-1] * 3 + [3] * 70):
+        x = torch.randn(len(owners), ins).to(kernels.dtype)
+        plain = linear(kernels, x, packed)
         addresses = torch.tensor([tables[owner].data_ptr() if owner >= 0 else 0 for owner in owners])
         for module in (0, 1):
-            out = y.clone()
-            lora(kernels, x, out, addresses, module)
+            products = Products([packed], [module])
+            (out,) = kernels.linears(x, products, addresses)
             for at, owner in enumerate(owners):
                 pair = pairs[owner][module] if owner >= 0 else None
                 if pair is None:
-                    assert torch.equal(out[at], y[at]), "a token without this module is not touched"
+                    assert torch.equal(out[at], plain[at]), "a token without this module is not touched"
                     continue
                 a, b = pair.a.double(), pair.b.double()
-                size = y[at].double().abs() + (x[at].double().abs() @ a.abs().t()) @ b.abs()
-                assert_near(out[at], y[at].double() + (x[at].double() @ a.t()) @ b, size)
-                alone = y[at : at + 1].clone()
-                lora(kernels, x[at : at + 1], alone, addresses[at : at + 1].clone(), module)
+                base = x[at].double() @ weight.t()
+                size = base.abs() + (x[at].double().abs() @ a.abs().t()) @ b.abs()
+                assert_near(out[at], base + (x[at].double() @ a.t()) @ b, size)
+                (alone,) = kernels.linears(x[at : at + 1], products, addresses[at : at + 1].clone())
                 assert torch.equal(alone[0], out[at]), "a token's result does not depend on the others"
 
 
@@ -117,8 +122,9 @@ def test_lora_of_rows_that_lie_apart(kernels: Kernels) -> None:
     """An input that is part of a wider product."""
     pair = LoraPair(torch.randn(4, 32).to(kernels.dtype), torch.randn(4, 48).to(kernels.dtype))
     (table,) = tables_of([[pair]])
-    x, y = torch.randn(6, 96).to(kernels.dtype)[:, 32:64], torch.zeros(6, 48).to(kernels.dtype)
-    lora(kernels, x, y, torch.tensor([table.data_ptr()] * 6), 0)
+    products = Products([packed_of(kernels, torch.zeros(48, 32))], [0])
+    x = torch.randn(6, 96).to(kernels.dtype)[:, 32:64]
+    (y,) = kernels.linears(x, products, torch.tensor([table.data_ptr()] * 6))
     assert_near(y, (x.double() @ pair.a.double().t()) @ pair.b.double())
 
 
@@ -132,7 +138,6 @@ def test_another_number_format_is_refused(kernels: Kernels) -> None:
     pool, slots = torch.zeros(1, 32, 16, dtype=kernels.dtype), torch.zeros(2, dtype=torch.long)
     for call in (
         lambda: linear(kernels, y, packed),
-        lambda: lora(kernels, x, y, slots, 0),
         lambda: kernels.rope(x.view(2, 2, 16), x.view(2, 2, 16), y[:, :16], y[:, :16]),
         lambda: kernels.store_kv(y.view(1, 4, 16), y.view(1, 4, 16), pool, pool, slots),
     ):
@@ -149,11 +154,24 @@ def test_loras_nan_stays_in_its_row(kernels: Kernels) -> None:
         for value in (torch.nan, 1.0)
     )
     tables = tables_of([[bad], [good]])
-    x, y = torch.ones(12, 64).to(kernels.dtype), torch.zeros(12, 64).to(kernels.dtype)
-    lora(kernels, x, y, torch.tensor([tables[at % 3 == 0].data_ptr() if at % 3 < 2 else 0 for at in range(12)]), 0)
+    products, x = Products([packed_of(kernels, torch.zeros(64, 64))], [0]), torch.ones(12, 64).to(kernels.dtype)
+    addresses = torch.tensor([tables[at % 3 == 0].data_ptr() if at % 3 < 2 else 0 for at in range(12)])
+    (y,) = kernels.linears(x, products, addresses)
     assert y[1::3].isnan().all()
     assert y[0::3].eq(256).all()
     assert y[2::3].eq(0).all()
+
+
+def test_the_time_of_products_and_of_adapters_is_counted(kernels: Kernels) -> None:
+    pair = LoraPair(torch.randn(8, 64).to(kernels.dtype), torch.randn(8, 64).to(kernels.dtype))
+    (table,) = tables_of([[pair]])
+    products, x = Products([packed_of(kernels, torch.zeros(64, 64))], [0]), torch.ones(12, 64).to(kernels.dtype)
+    kernels.linears(x, products)
+    products_alone, adapters_alone = kernels.spent[0], kernels.spent[1]
+    assert products_alone > 0
+    kernels.linears(x, products, torch.tensor([table.data_ptr()] * 12))
+    assert kernels.spent[0] > products_alone
+    assert kernels.spent[1] > adapters_alone
 
 
 @pytest.mark.parametrize("dim", [16, 576, 75, 5])
@@ -223,10 +241,11 @@ def test_products_and_targets_of_one_input_are_those_of_each(kernels: Kernels) -
     pair = LoraPair(torch.randn(4, 64).to(kernels.dtype), torch.randn(4, 48).to(kernels.dtype))
     [table] = tables_of([[None, pair, None]])
     tables = torch.tensor([table.data_ptr(), 0] * 35)
-    alone = [y.clone() for y in found]
-    kernels.loras(x, found, tables, Targets([0, 1, 2], [100, 48, 7]))
-    lora(kernels, x, alone[1], tables, 1)
-    assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+    adapted = kernels.linears(x, Products(together, [0, 1, 2]), tables)
+    alone = [kernels.linears(x, Products([one], [at]), tables)[0] for at, one in enumerate(together)]
+    assert all(torch.equal(a, b) for a, b in zip(adapted, alone, strict=True))
+    assert torch.equal(adapted[0], found[0])
+    assert not torch.equal(adapted[1], found[1])
 
 
 def test_a_cache_that_others_can_write_to_is_not_used(
