@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from loadtest import arrivals, comparison, lengths, popularity, workload
+from loadtest.bars import bars_table
 from server import errors
 from server.api.schemas import GenerateRequest, Message, Rollback, Source
 from server.settings import GIB, MIB, Settings
@@ -173,6 +174,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "measured": measured_table,
     "anatomy": anatomy_table,
     "growth": growth_table,
+    "bars": lambda: bars_table(RESULTS),
     "workload": workload_table,
     "laws": laws_table,
     "shipped": shipped_table,

@@ -54,8 +54,8 @@ def run(
     _need_matplotlib(plot)
     _need_folders(json_file, markdown, plot)
     chosen = _load(workload, {"requests": requests, "seconds": seconds, "seed": seed})
-    url = url.rstrip("/")
-    with _faults():
+    url = _address(url)
+    with _faults(url):
         plan(chosen)  # what is wrong with it is said before anything is sent
         spoken = dialects.detect(url) if api == "auto" else api
         if prepare:
@@ -83,13 +83,13 @@ def prepare(
 ) -> None:
     """Makes the random adapters of a workload and uploads those that the server lacks."""
     chosen = _load(workload, {})
-    with _faults():
+    with _faults(url):
         if folder is not None:
             from loadtest import adapters
 
             typer.echo(f"{len(adapters.write(adapters.of(chosen), _base(base), folder))} adapters in {folder}")
             return
-        typer.echo(f"{_prepare(url.rstrip('/'), 'onebase', chosen, base)} adapters uploaded")
+        typer.echo(f"{_prepare(_address(url), 'onebase', chosen, base)} adapters uploaded")
 
 
 def _prepare(url: str, api: str, workload: Any, base: Path | None) -> int:
@@ -108,10 +108,11 @@ def _prepare(url: str, api: str, workload: Any, base: Path | None) -> int:
 def _base(given: Path | None) -> Path:
     if given is not None:
         return given
-    from server.model.bundled import BaseUnavailable, materialise
+    from server.model.bundled import DEFAULT_DATA_DIR, BaseUnavailable, materialise
 
     try:
-        return materialise()
+        # Where the server of this machine has it, if it was told another place.
+        return materialise(Path(os.environ.get("ONEBASE_DATA_DIR") or DEFAULT_DATA_DIR).expanduser())
     except BaseUnavailable as fault:
         raise _failed(f"{fault}; give --base") from None
 
@@ -136,8 +137,8 @@ def _write(report: dict[str, Any], json_file: Path | None, markdown: Path | None
 
 
 @contextlib.contextmanager
-def _faults() -> Iterator[None]:
-    """What a user can cause is said on stderr, without a traceback."""
+def _faults(url: str = "") -> Iterator[None]:
+    """What a user can cause is said on stderr, without a traceback; `url` is the server that is spoken to."""
     import httpx
 
     from loadtest.adapters import UnfitBase
@@ -148,8 +149,23 @@ def _faults() -> Iterator[None]:
         yield
     except (BadWorkload, UnfitBase) as fault:
         raise _failed(str(fault), 2) from None
-    except (httpx.HTTPError, httpx.InvalidURL, UnknownServer, OSError) as fault:
+    except httpx.HTTPError as fault:
+        raise _failed(f"no answer from {url}: {str(fault) or type(fault).__name__}") from None
+    except (UnknownServer, OSError) as fault:
         raise _failed(str(fault) or type(fault).__name__) from None
+
+
+def _address(url: str) -> str:
+    """The server's address without a slash at its end."""
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as fault:
+        raise _failed(f"--url {url}: {fault}", 2) from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise _failed(f"--url {url}: not the address of a server, such as {LOCAL}", 2)
+    return url.rstrip("/")
 
 
 def _need_matplotlib(plot: Path | None) -> None:

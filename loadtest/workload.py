@@ -171,7 +171,7 @@ def _from_file(path: Path, count: int) -> list[tuple[int, int]]:
     try:
         pairs = read_pairs(path)
     except (OSError, ValueError) as fault:
-        raise BadWorkload(str(fault)) from None
+        raise BadWorkload(f"lengths_file: {fault}") from None
     return [pairs[at % len(pairs)] for at in range(count)]
 
 

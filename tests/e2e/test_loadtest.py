@@ -129,7 +129,9 @@ def test_unknown_adapters_are_counted_and_nothing_finished_is_a_failure(server: 
         (("--workload", "no-such"), 2, "no workload 'no-such'"),
         (("--names", "a"), 2, "--names has 1 names, the workload 4 adapters"),
         (("--requests", "0"), 2, "requests"),
-        (("--url", "http://127.0.0.1:9"), 1, "refused"),
+        (("--url", "http://127.0.0.1:9"), 1, "no answer from http://127.0.0.1:9"),
+        (("--url", "not-a-url"), 2, "not the address of a server"),
+        (("--url", "http://[::1"), 2, "--url"),
         (("--api", "openai", "--prepare"), 2, "uploaded to onebase only"),
     ],
 )
