@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 
 from loadtest import comparison
 from loadtest.markdown import number, table
+from loadtest.peers import engine
+
+BESIDE = {"one adapter": "one adapter", "adapters": "8 adapters"}
 
 
 @dataclass(frozen=True)
 class Bar:
-    """`at_least` or `at_most` is what was aimed at; `reached` what was measured, in the same unit."""
+    """`at_least` or `at_most` is what was aimed at; `reached` what was measured, in the same unit, at `commit`."""
 
     what: str
     reached: float | None
+    commit: str
     at_least: float | None = None
     at_most: float | None = None
 
@@ -32,27 +37,19 @@ class Bar:
 
 def bars(results: Path) -> Iterator[Bar]:
     """All of them, from the JSON files in `results`."""
-    compare, thousand, cold = (_read(results, name) for name in ("compare", "thousand", "cold"))
-    steps = {dtype: _read(results, f"steps-{dtype}")["ratios"] for dtype in ("float32", "bfloat16")}
-    yield from _compared(comparison.ratios(compare))
-    for dtype, ratios in steps.items():
-        # Which of the two it is closer to: what the issue of comparing asks for, or what reading the adapters leaves.
-        yield Bar(f"decode steps, {dtype}: 16 adapters / base, attention, rank 8", ratios["attention, rank 8 / base"], 0.92)
-        allowed = ratios["all linear, rank 16: what the bytes allow"]
-        reached = ratios["all linear, rank 16 / base"] / allowed
-        yield Bar(f"decode steps, {dtype}: all linear, rank 16, of what the bytes allow", reached, 0.95)
-        for name in ("one adapter", "adapters"):
-            key = f"base rows beside as many on {name}"
-            count = "one adapter" if name == "one adapter" else "8 adapters"
-            limit = ratios[f"{key}: what the bytes allow"]
-            what = f"decode steps, {dtype}: 8 base rows beside 8 on {count} / base alone (bytes allow {limit:.3f})"
-            yield Bar(what, ratios[f"{key} / base"], 0.97)
-    few, many = thousand["resident"], thousand["zipf"]
+    yield from _compared(_read(results, "compare"))
+    yield from _own(_read(results, "own/compare"))
+    for dtype in comparison.BYTES:
+        yield from _steps(_read(results, f"steps-{dtype}"))
+    run = _read(results, "thousand")
+    few, many, at = run["resident"], run["zipf"], run["commit"]
     share = many["tokens_per_s"] / few["tokens_per_s"]
-    yield Bar("1,000 adapters, Zipf 1, 32 slots / 16 resident: tokens/s", share, 0.9)
-    yield Bar("the same: p99 between tokens", many["gap_p99_ms"] / few["gap_p99_ms"], at_most=1.5)
-    for part, name in (("idle", "idle"), ("beside_15_streams", "beside 15 streams")):
-        yield Bar(f"first use of 2 MB on disk, {name}: ms added to the first token", cold[part]["added_p50_ms"], at_most=50)
+    yield Bar("1,000 adapters, Zipf 1, 32 slots / 16 resident: tokens/s", share, at, 0.9)
+    yield Bar("the same: p99 between tokens", many["gap_p99_ms"] / few["gap_p99_ms"], at, at_most=1.5)
+    run = _read(results, "cold")
+    for part in ("idle", "beside_15_streams"):
+        what = f"first use of 2 MB on disk, {part.replace('_', ' ')}: ms added to the first token"
+        yield Bar(what, run[part]["added_p50_ms"], run["commit"], at_most=50)
 
 
 def bars_table(results: Path) -> str:
@@ -60,26 +57,49 @@ def bars_table(results: Path) -> str:
     rows = []
     for bar in bars(results):
         aim = f">= {number(bar.at_least)}" if bar.at_least is not None else f"<= {number(bar.at_most)}"
-        rows.append((bar.what, number(bar.reached), aim, {True: "yes", False: "**no**", None: "-"}[bar.met]))
-    return table(("what", "reached", "aim", "met"), rows)
+        met = {True: "yes", False: "**no**", None: "-"}[bar.met]
+        rows.append((bar.what, number(bar.reached), aim, met, bar.commit))
+    return table(("what", "reached", "aim", "met", "at"), rows)
 
 
-def _compared(ratios: dict[str, float | None]) -> Iterator[Bar]:
+def _compared(run: dict[str, Any]) -> Iterator[Bar]:
+    ratios, at = comparison.ratios(run), run["commit"]
     for dtype in comparison.BYTES:
-        yield Bar(f"over HTTP, {dtype}: 16 at once over 16 adapters / PEFT", ratios[f"adapters, {dtype}: onebase / PEFT"], 3.5)
-    better = ratios["adapters: onebase / better of llama.cpp and vLLM"]
-    yield Bar("over HTTP: the same / the better of llama.cpp and vLLM", better, 3.0)
-    best = ratios["base: onebase / best peer of 16-bit weights"]
-    yield Bar("over HTTP: 16 at once on the base / the best peer of 16-bit weights", best, 1.7)
-    alone = ratios["one request, decode: onebase / llama.cpp"]
-    yield Bar("over HTTP: one alone on the base, decode / llama.cpp", alone, 0.6)
-    for dtype in comparison.BYTES:
+        peft = ratios[f"adapters, {dtype}: onebase / PEFT"]
+        yield Bar(f"{dtype}: 16 at once over 16 adapters / PEFT", peft, at, 3.5)
         alone = ratios[f"one request, decode, {dtype}: onebase / transformers"]
-        yield Bar(f"over HTTP, {dtype}: one alone on the base, decode / transformers", alone, 2.5)
+        yield Bar(f"{dtype}: one alone on the base, decode / transformers", alone, at, 2.5)
         prefill = ratios[f"prefill, {dtype}: arithmetic done / what the machine's matmul does"]
-        yield Bar(f"over HTTP, {dtype}: prefill of 16 x 128, arithmetic / the machine's matmul", prefill, 0.6)
-        yield Bar(f"over HTTP, {dtype}: 16 adapters / base", ratios[f"onebase {dtype}: adapters / base"], 0.92)
-        yield Bar(f"16 adapters, {dtype}: over HTTP / the bare engine", ratios[f"adapters, {dtype}: over HTTP / the bare engine"], 0.95)
+        yield Bar(f"{dtype}: prefill of 16 x 128, arithmetic / the machine's matmul", prefill, at, 0.6)
+    better = ratios["adapters: onebase / better of llama.cpp and vLLM"]
+    yield Bar("16 at once over 16 adapters / the better of llama.cpp and vLLM", better, at, 3.0)
+    best = ratios["base: onebase / best peer of 16-bit weights"]
+    yield Bar("16 at once on the base / the best peer of 16-bit weights", best, at, 1.7)
+    yield Bar("one alone, decode / llama.cpp", ratios["one request, decode: onebase / llama.cpp"], at, 0.6)
+
+
+def _own(run: dict[str, Any]) -> Iterator[Bar]:
+    """Of onebase and its bare engine alone: the median of the rounds' own ratios, for rounds differ."""
+    at = run["commit"]
+    for dtype in comparison.BYTES:
+        ours, bare = run["rounds"][f"onebase {dtype}"], run["rounds"][f"{engine.NAME} {dtype}"]
+        yield Bar(f"{dtype}: over HTTP / the bare engine", _paired(ours["adapters"], bare["adapters"]), at, 0.95)
+        yield Bar(f"{dtype}: 16 adapters / base, over HTTP", _paired(ours["adapters"], ours["base"]), at, 0.92)
+
+
+def _steps(run: dict[str, Any]) -> Iterator[Bar]:
+    ratios, dtype, at = run["ratios"], run["dtype"], run["commit"]
+    yield Bar(f"{dtype}: 16 adapters / base, decode steps", ratios["attention, rank 8 / base"], at, 0.92)
+    share = ratios["all linear, rank 16 / base"] / ratios["all linear, rank 16: what the bytes allow"]
+    yield Bar(f"{dtype}: all linear, rank 16, of what the bytes allow, decode steps", share, at, 0.95)
+    for name, shown in BESIDE.items():
+        reached = ratios[f"base rows beside as many on {name} / base"]
+        yield Bar(f"{dtype}: 8 base rows beside 8 on {shown} / base alone, decode steps", reached, at, 0.97)
+
+
+def _paired(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
+    pairs = zip(ours, theirs, strict=True)
+    return statistics.median(one["tokens_per_s"] / other["tokens_per_s"] for one, other in pairs)
 
 
 def _read(results: Path, name: str) -> dict[str, Any]:

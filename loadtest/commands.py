@@ -24,6 +24,7 @@ BaseDir = Annotated[
     Path | None, typer.Option(help="The served base's directory, for the adapters' shapes; else the bundled base's.")
 ]
 LOCAL = "http://127.0.0.1:8000"
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def run(
@@ -70,7 +71,8 @@ def run(
         from loadtest.plot import plot as draw
 
         draw(report, traces, plot)
-    raise typer.Exit(130 if report["interrupted"] else 0 if report["requests"]["finished"] else 1)
+    cut = report["interrupted"] or bool(report["baseline"] and report["baseline"]["interrupted"])
+    raise typer.Exit(130 if cut else 0 if report["requests"]["finished"] else 1)
 
 
 def prepare(
@@ -149,6 +151,8 @@ def _faults(url: str = "") -> Iterator[None]:
         yield
     except (BadWorkload, UnfitBase) as fault:
         raise _failed(str(fault), 2) from None
+    except httpx.HTTPStatusError as fault:
+        raise _failed(str(fault)) from None
     except httpx.HTTPError as fault:
         raise _failed(f"no answer from {url}: {str(fault) or type(fault).__name__}") from None
     except (UnknownServer, OSError) as fault:
@@ -171,13 +175,19 @@ def _address(url: str) -> str:
 def _need_matplotlib(plot: Path | None) -> None:
     if plot is not None and find_spec("matplotlib") is None:
         raise _failed("--plot needs matplotlib: pip install 'onebase[bench]'", 2)
+    if plot is not None and plot.suffix not in PICTURES:
+        raise _failed(f"--plot {plot}: give a name that ends in {', '.join(PICTURES)}", 2)
 
 
 def _need_folders(*files: Path | None) -> None:
     """Said before the run, not after it."""
     for file in files:
-        if file is not None and file != Path("-") and not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
+        if file is None or file == Path("-"):
+            continue
+        if not (file.parent.is_dir() and os.access(file.parent, os.W_OK)):
             raise _failed(f"{file} cannot be written: {file.parent} is no directory that can be written to", 2)
+        if file.is_dir():
+            raise _failed(f"{file} cannot be written: it is a directory", 2)
 
 
 def _failed(message: str, status: int = 1) -> typer.Exit:

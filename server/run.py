@@ -113,6 +113,9 @@ def serve(settings: Settings) -> int:
         app,
         host=settings.host,
         port=settings.port,
+        # Not httptools: it bounds neither headers nor URLs, and loses the body of a request that offers an upgrade.
+        http="h11",
+        loop="asyncio",
         log_level="info",
         access_log=False,
         timeout_graceful_shutdown=5,

@@ -32,7 +32,7 @@ def install(model: Any, kernels: Kernels, pool: KVPool, lora: LoraStep) -> int:
     layers = [module for module in model.modules() if fused.does_what(module, (LlamaDecoderLayer,))]
     described = [_describe(layer, pool) for layer in layers]
     found = [one for one in described if one is not None]
-    if not found or len(found) < len(pool.keys):
+    if not found or not len(found) == len(layers) == len(pool.keys):
         return 0
     wanted, steps = _logits(model, pool), Steps(kernels, lora, found)
     for layer, description in zip(layers, found, strict=True):
@@ -69,7 +69,8 @@ class Steps:
         """The record for this layer's input [1, tokens, hidden] and its cosines and sines [1, tokens, rotary]."""
         batch = attention.current()
         if batch is not self._batch or angles is not self._kept[0]:
-            assert isinstance(batch, AttentionBatch)
+            if not isinstance(batch, AttentionBatch):
+                raise TypeError("a layer that is taken over needs a step's batch")
             self._batch, self._record = batch, self._make(batch, hidden.shape[1], angles)
         return self._record
 
@@ -121,7 +122,8 @@ def _describe(layer: Any, pool: KVPool) -> Description | None:
     of, mlp = layer.self_attn, layer.mlp
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     ours = isinstance(of, fused.RotaryAttention) and isinstance(mlp, fused.GatedMlp)
-    if not ours or not all(isinstance(norm, fused.RmsNorm) for norm in norms):
+    heads = (norm for norm in (of.q_norm, of.k_norm) if norm is not None) if ours else ()
+    if not ours or not all(isinstance(norm, fused.RmsNorm) for norm in (*norms, *heads)):
         return None
     parts = [_linears(of.q_proj, of.k_proj, of.v_proj), _linears(of.o_proj)]
     parts += [_linears(mlp.gate_proj, mlp.up_proj), _linears(mlp.down_proj)]
@@ -130,11 +132,11 @@ def _describe(layer: Any, pool: KVPool) -> Description | None:
         return None
     qkv, out, gate_up, down = (record for record, _ in found)
     keys, values = pool.keys[of.layer_idx], pool.values[of.layer_idx]
-    heads, _, dim = keys.shape
+    kv_heads, places, dim = keys.shape
     record = records.Layer(
         *(_norm(norm) for norm in (*norms, of.q_norm, of.k_norm)),
         *(qkv, out, gate_up, down, keys.data_ptr(), values.data_ptr()),
-        *(out.ins // dim, heads, dim, keys.shape[1], pool.block_size, of.call.window or 0, of.call.scale),
+        *(out.ins // dim, kv_heads, dim, places, pool.block_size, of.call.window or 0, of.call.scale),
     )
     return Description(record, qkv.ins, (found, norms, of.q_norm, of.k_norm, keys, values))
 
@@ -161,10 +163,11 @@ def _linears(*modules: Any) -> tuple[records.Linears, tuple[object, ...]] | None
 
 def _logits(model: Any, pool: KVPool) -> torch.Tensor:
     """Of a short prompt in the pool's first blocks, which nobody has yet."""
-    ids = (torch.arange(_PROBE_TOKENS) * 7919 + 5) % model.config.get_text_config().vocab_size
-    places = torch.arange(_PROBE_TOKENS)
-    blocks = torch.arange(-(-_PROBE_TOKENS // pool.block_size))
-    batch = AttentionBatch(pool, places, [], [PrefillChunk(0, _PROBE_TOKENS, 0, BlockTable(blocks))])
+    count = min(_PROBE_TOKENS, pool.blocks * pool.block_size)
+    places = torch.arange(count)
+    ids = (places * 7919 + 5) % model.config.get_text_config().vocab_size
+    blocks = torch.arange(-(-count // pool.block_size))
+    batch = AttentionBatch(pool, places, [], [PrefillChunk(0, count, 0, BlockTable(blocks))])
     with torch.inference_mode(), attention.step(batch):
         out = model(input_ids=ids[None], position_ids=places[None], use_cache=False)
     return out.logits[0].float()

@@ -59,13 +59,15 @@ class Scheduler:
         return work + self._admit(budget)
 
     def computed(self, work: list[Work]) -> None:
-        """Books what a step has computed, and lets later prompts share blocks that are full now."""
+        """Books what a step has computed, and lets later prompts share blocks that are full now: those of the prompt.
+        What is generated comes token by token and differs in its last bits from the same tokens as a prompt; were it
+        shared, an answer would depend on what the cache still holds."""
         for item in work:
             sequence = item.sequence
             sequence.computed += item.count
             if not self.prefix_cache:
                 continue
-            full = sequence.computed // self.pool.block_size
+            full = min(sequence.computed, sequence.prompt_length) // self.pool.block_size
             if full > sequence.published:
                 hashes = sequence.full_hashes(self.pool.block_size)
                 for number in range(sequence.published, full):

@@ -8,7 +8,8 @@
 #include <vector>
 
 namespace {
-// sums[h * dim] += sum over t of weights[h * apart + t] * v[t], for a few heads h; v [tokens, dim] is loaded once for all.
+// sums[h * dim] += sum over t of weights[h * apart + t] * v[t], for a few heads h; v [tokens, dim] is loaded once for
+// all.
 template <int heads, int vectors>
 void columns(float *sums, const float *weights, int64_t apart, const value *v, int64_t tokens, int64_t dim) {
     vfloat part[heads][vectors];

@@ -87,7 +87,8 @@ extern "C" void layer(value *hidden, const Layer *of, const Step *during, int64_
     const Layer &layer = *of;
     const Step &step = *during;
     Clock clock(spent);
-    int64_t tokens = step.tokens, width = layer.qkv.ins, heads = layer.heads, kv_heads = layer.kv_heads, dim = layer.dim;
+    int64_t tokens = step.tokens, width = layer.qkv.ins, dim = layer.dim;
+    int64_t heads = layer.heads, kv_heads = layer.kv_heads;
     value *x = step.room, *query = x + tokens * width, *key = query + tokens * heads * dim;
     value *fresh = key + tokens * kv_heads * dim, *mixed = fresh + tokens * kv_heads * dim;
     normed(layer.before, hidden, x, tokens, width);

@@ -23,7 +23,7 @@ log = logging.getLogger("onebase.kernels")
 _FOLDER = Path(__file__).parent
 _SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
 # OpenMP without naming its library: torch has loaded one, and a second one would be a second pool of threads.
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-Wl,-Bsymbolic")
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "linear": (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER),

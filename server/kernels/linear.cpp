@@ -1,5 +1,5 @@
-// y = x W^T + bias for a weight that never changes, laid out once in the order in which it is read; plus what each row's
-// adapter adds, while the sums are still at hand.
+// y = x W^T + bias for a weight that never changes, laid out once in the order in which it is read; plus what each
+// row's adapter adds, while the sums are still at hand.
 //
 // A panel is PANEL columns of W^T (outputs), row after row: step s holds, for each of its columns, one 4-byte word:
 // one float32, or two neighbouring bfloat16. ROWS x PANEL sums stay in registers while both operands stream by (Goto &
@@ -185,7 +185,7 @@ extern "C" int64_t panel_width() { return PANEL; }
 extern "C" void linear(const uint32_t *x, int64_t rows, int64_t steps, const Product *products, int64_t count,
                        const int64_t *const *tables, int64_t *spent) {
     static thread_local Room own;
-    Room &room = own;
+    Room &room = own; // the workers below must see this thread's, not each its own
     const Adapters adapters{tables, rows};
     int64_t start = now(), lora = 0;
     if (room.prepare(adapters, products, count)) {

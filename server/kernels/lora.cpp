@@ -2,8 +2,8 @@
 // B [rank, out], the scaling inside B.
 //
 // A token's adapter is named by the address of its table: three int64 a module, the addresses of A and B, and the rank
-// (0: the adapter does not have this module). Address 0 is the base: such a token has no s. So nothing is copied or laid
-// out anew when the adapters of a step change, and ranks mix without padding. Tokens of one adapter follow each other:
+// (0: the adapter does not have this module). Address 0 is the base: such a token has no s. So nothing is copied or
+// laid out anew when the adapters of a step change, and ranks mix without padding. Tokens of one adapter follow each other:
 // each adapter is read from memory once, and four tokens at a time where there are many. A token's sums are made in the
 // same order either way.
 #include "kernels.h"

@@ -1,5 +1,6 @@
 // What stands between the matrix products of a gated transformer layer, each in one pass over its numbers.
 #include "kernels.h"
+#include <algorithm>
 #include <cmath>
 
 namespace {
@@ -15,6 +16,18 @@ namespace {
     return (vfloat)(__builtin_convertvector(narrow(x), vword) << 16);
 }
 
+// x[i] = f(x[i], y[i]), on several threads from `many` numbers on. The last few take the same way as all others: what
+// a number becomes must not depend on where it stands, which is to say on who else is in the batch.
+template <class F> void each(value *x, const value *y, int64_t n, int64_t many, F f) {
+    int64_t vectors = n / LANES, done = vectors * LANES;
+#pragma omp parallel for schedule(static) if (n > many)
+    for (int64_t i = 0; i < vectors; i++) store(x + i * LANES, f(load(x + i * LANES), load(y + i * LANES)));
+    value a[LANES] = {}, b[LANES] = {};
+    std::copy(x + done, x + n, a);
+    std::copy(y + done, y + n, b);
+    store(a, f(load(a), load(b)));
+    std::copy(a, a + (n - done), x + done);
+}
 } // namespace
 
 // y = (offset + weight) * x / sqrt(mean(x^2) + eps) for each row (Zhang & Sennrich 2019). With offset 0 the quotient is
@@ -49,23 +62,14 @@ extern "C" void rms_norm(const value *x, const value *weight, value *y, int64_t 
 
 // x += y.
 extern "C" void add(value *x, const value *y, int64_t n) {
-    int64_t vectors = n / LANES;
-#pragma omp parallel for schedule(static) if (n > 16384)
-    for (int64_t i = 0; i < vectors; i++) store(x + i * LANES, load(x + i * LANES) + load(y + i * LANES));
-    for (int64_t i = vectors * LANES; i < n; i++) set(x + i, get(x + i) + get(y + i));
+    each(x, y, n, 16384, [](vfloat a, vfloat b) { return a + b; });
 }
 
 // gate = silu(gate) * up; rounded in between, as two operations would.
 extern "C" void silu_mul(value *gate, const value *up, int64_t n) {
-    int64_t vectors = n / LANES;
-#pragma omp parallel for schedule(static) if (n > 4096)
-    for (int64_t i = 0; i < vectors; i++) {
-        vfloat x = load(gate + i * LANES);
-        vfloat activated = rounded(x / (1.0f + exponential(-x)), gate);
-        store(gate + i * LANES, activated * load(up + i * LANES));
-    }
-    for (int64_t i = vectors * LANES; i < n; i++) {
-        float x = get(gate + i);
-        set(gate + i, rounded(x / (1.0f + std::exp(-x)), gate) * get(up + i));
-    }
+    each(gate, up, n, 4096, [&](vfloat x, vfloat y) {
+        // `exponential` ends at e^88; beyond that the quotient is 0, but for -inf, which stays no number.
+        vfloat activated = x < -88.0f ? x * 0.0f : x / (1.0f + exponential(-x));
+        return rounded(activated, gate) * y;
+    });
 }

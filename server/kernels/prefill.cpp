@@ -1,7 +1,8 @@
-// Attention of rows that bring several new tokens each: causal, over the pool's blocks, the chunk's own tokens included.
+// Attention of rows that bring several new tokens each: causal, over the pool's blocks, the chunk's own tokens
+// included. A NaN among a row's own values reaches its earlier tokens too (0 x NaN), and nobody else's.
 //
-// Keys come in tiles of KEYS; a tile of queries keeps its sums, its largest score and its total from one tile of keys to
-// the next (Milakov & Gimelshein 2018; Dao et al. 2022, "FlashAttention"), so scores never leave the cache. Tiles of
+// Keys come in tiles of KEYS; a tile of queries keeps its sums, its largest score and its total from one tile of keys
+// to the next (Milakov & Gimelshein 2018; Dao et al. 2022, "FlashAttention"), so scores never leave the cache. Tiles of
 // keys begin at multiples of KEYS whatever the chunk, and each query's sums are made in the same order in any company:
 // a prompt in chunks gives what it gives as a whole. Arithmetic is float32 for both number formats.
 #include "kernels.h"
@@ -40,7 +41,8 @@ void micro(Matrix a, const float *b, int64_t b_stride, int64_t n, float *c, int6
 
 template <int rows> void strip(Matrix a, const float *b, int64_t width, int64_t n, float *c) {
     int64_t at = 0;
-    for (; at + VECTORS * LANES <= width; at += VECTORS * LANES) micro<rows, VECTORS>(a, b + at, width, n, c + at, width);
+    for (; at + VECTORS * LANES <= width; at += VECTORS * LANES)
+        micro<rows, VECTORS>(a, b + at, width, n, c + at, width);
     switch ((width - at) / LANES) {
     case 1: micro<rows, 1>(a, b + at, width, n, c + at, width); break;
     case 2: micro<rows, 2>(a, b + at, width, n, c + at, width); break;

@@ -132,6 +132,8 @@ def test_unknown_adapters_are_counted_and_nothing_finished_is_a_failure(server: 
         (("--url", "http://127.0.0.1:9"), 1, "no answer from http://127.0.0.1:9"),
         (("--url", "not-a-url"), 2, "not the address of a server"),
         (("--url", "http://[::1"), 2, "--url"),
+        (("--plot", "picture.xyz"), 2, "ends in .png"),
+        (("--json", "."), 2, "it is a directory"),
         (("--api", "openai", "--prepare"), 2, "uploaded to onebase only"),
     ],
 )

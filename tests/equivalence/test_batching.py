@@ -74,9 +74,10 @@ def test_company_and_chunks_change_no_bit(folder: Path, adapters: list[Path], dt
 
     def answers(**options: Any) -> list[Any]:
         with running(fresh_base(folder, dtype), **options) as engine:
-            return [
-                (answer.tokens(), answer.logprobs()) for _ in range(2) for answer in engine.run(*requests_of(adapters))
-            ]
+            found = [answer for _ in range(2) for answer in engine.run(*requests_of(adapters))]
+            cached = any(answer.done is not None and answer.done.cached_tokens for answer in found)
+            assert cached == options.get("prefix_cache", True)
+            return [(answer.tokens(), answer.logprobs()) for answer in found]
 
     alone = answers(max_running=1, max_batch_tokens=2048, blocks=2048)
     assert answers(max_batch_tokens=16, blocks=2048) == alone

@@ -192,6 +192,15 @@ def test_silu_mul(kernels: Kernels) -> None:
     assert kernels.silu_mul(gate, up)[3].isnan()
 
 
+@pytest.mark.parametrize("inner", [70, 98, 5])
+def test_silu_mul_of_a_row_does_not_depend_on_the_others(kernels: Kernels, inner: int) -> None:
+    """Also where a row ends within a vector."""
+    gate, up = (torch.randn(9, inner).mul(6).to(kernels.dtype) for _ in range(2))
+    whole = kernels.silu_mul(gate.clone(), up)
+    for rows in (1, 2, 5):
+        assert torch.equal(kernels.silu_mul(gate[:rows].clone(), up[:rows]), whole[:rows])
+
+
 @pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 32), (10, 6)])
 def test_rope(kernels: Kernels, dim: int, rotary: int) -> None:
     query, key = torch.randn(5, 6, dim).to(kernels.dtype), torch.randn(5, 2, dim).to(kernels.dtype)

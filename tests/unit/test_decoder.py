@@ -78,5 +78,5 @@ def test_other_logits_and_no_layer_is_taken(models: Path, monkeypatch: pytest.Mo
 def test_a_layer_outside_of_a_batch_is_an_error(models: Path) -> None:
     base = load("llama", models)
     Runner(base, blocks=8, block_size=16)
-    with pytest.raises(AssertionError), attention.step(attention.Probe()):
+    with pytest.raises(TypeError, match="needs a step"), attention.step(attention.Probe()):
         base.model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)

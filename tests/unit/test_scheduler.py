@@ -32,6 +32,9 @@ class FakeSequence:
     blocks: list[int] = field(default_factory=list)
     published: int = 0
 
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
