@@ -46,7 +46,8 @@ class Server:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(self.app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+        quiet = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 2}
+        config = uvicorn.Config(self.app, http="h11", loop="asyncio", **quiet)
         self._uvicorn = DrainingServer(config, self.state)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self._socket]})
         self.http = httpx.Client(base_url=self.url, timeout=60)

@@ -1,5 +1,6 @@
 """The server's own limits, and how it stops."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -169,3 +170,22 @@ def test_what_is_longer_than_the_patience_ends_with_an_error(long_base, tmp_path
         assert refused(whole.result(20), 503) == error
         assert int(whole.result().headers["retry-after"]) >= 1
         until(lambda: not server._thread.is_alive())
+
+
+def test_an_offered_upgrade_is_ignored_and_the_body_read(server):
+    headers = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAAQAAP__"}
+    answer = server.http.post("/v1/generate", json={"prompt": "hello", "max_tokens": 2}, headers=headers)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("start", [b"GET /healthz HTTP/1.1\r\nHost: a\r\nX-Long: ", b"GET /"])
+def test_headers_and_addresses_without_end_are_cut_off(server, start):
+    host, port = server.http.base_url.host, server.http.base_url.port
+    with socket.create_connection((host, port), timeout=10) as connection:
+        connection.sendall(start)
+        with contextlib.suppress(ConnectionError):  # it may be closed while we send
+            for _ in range(64):
+                connection.sendall(b"a" * 65_536)
+            while connection.recv(65_536):  # a server that waits for more lets this time out
+                pass
+    assert server.http.get("/healthz").status_code == 200
