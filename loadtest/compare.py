@@ -53,7 +53,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     adapters = [Adapter(at, RANK, TARGETS) for at in range(arguments.rows)]
     paths = write(adapters, base, DEFAULT_DATA_DIR.expanduser() / "bench" / "adapters")
     command = f"python -m loadtest.compare --rows {arguments.rows} --prompt {arguments.prompt} --new {arguments.new}"
-    stamped = stamp(f"{command} --rounds {arguments.rounds}")  # now: files may change meanwhile
+    sides = "" if set(arguments.sides) == set(SIDES) else f" --sides {' '.join(arguments.sides)}"
+    stamped = stamp(f"{command} --rounds {arguments.rounds}{sides}")  # now: files may change meanwhile
     before = floors()
     with tempfile.TemporaryDirectory() as folder:
         threads = len(os.sched_getaffinity(0))
