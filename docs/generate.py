@@ -15,9 +15,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from loadtest import arrivals, comparison, lengths, popularity, workload
-from loadtest.bars import bars_table
+from loadtest.bars import bars_table, measured
 from server import errors
-from server.api.schemas import GenerateRequest, Message, Rollback, Source
+from server.api.schemas import GenerateRequest, LanePatch, Message, Rollback, Source
 from server.settings import GIB, MIB, Settings
 
 DOCS = Path(__file__).parent
@@ -47,11 +47,20 @@ MEANING = {
     "logprobs": "null: none; k: log-probabilities of the chosen tokens and of the k likeliest",
     "n": "answers to the same prompt",
     "stream": "answer with Server-Sent Events",
+    "priority": "`interactive` or `batch`: batch is computed after the other, and gives its place up first",
     "role": "who speaks",
     "content": "what is said",
     "version": "the version that becomes current",
+    "lane": "`merged`: one of its own; `shared`: with all others; null: as it is",
+    "pinned": "true: its merged copy never goes for another's sake; null: as it is",
     "source": "`file://`, `hf://` or `s3://` address of a directory or repository",
 }
+
+_BODIES = (
+    ("PATCH /adapters/<name>", LanePatch),
+    ("POST /adapters/<name>/rollback", Rollback),
+    ("PUT /adapters/<name>", Source),
+)
 
 
 def settings_table() -> str:
@@ -73,11 +82,7 @@ def request_table() -> str:
 
 def bodies_table() -> str:
     """The other JSON bodies."""
-    rows = [
-        (f"`{call}`", *row)
-        for call, model in (("POST /adapters/<name>/rollback", Rollback), ("PUT /adapters/<name>", Source))
-        for row in _fields(model)
-    ]
+    rows = [(f"`{call}`", *row) for call, model in _BODIES for row in _fields(model)]
     return _markdown(("call", "field", "type and bounds", "default", "meaning"), rows)
 
 
@@ -166,6 +171,46 @@ def growth_table() -> str:
     return f"{_markdown(head, rows)}\n{_markdown(ratio, shares)}"
 
 
+def lanes_table() -> str:
+    """What a merged lane gives and costs, and from how many of 16 rows on it is more throughput."""
+    runs = [json.loads((RESULTS / f"lanes-{dtype}.json").read_text()) for dtype in measured(RESULTS, "lanes")]
+    dtypes = tuple(run["dtype"] for run in runs)
+    parts = [(part, name) for part in ("beside", "flood", "whole", "alone") for name in runs[0][part]]
+    rows = [(LANES[part], name, *(f"{run[part][name]:.3g}" for run in runs)) for part, name in parts]
+    tables = [_markdown(("streams", "figure", *dtypes), rows)]
+    counts = runs[0]["crossover"]
+    rows = [
+        (f"{count} of 16", *(f"{run['crossover'][count]['merged / shared']:.2f}" for run in runs)) for count in counts
+    ]
+    tables.append(_markdown(("rows on one adapter", *(f"{dtype}, its lane / shared" for dtype in dtypes)), rows))
+    tables += [f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs]
+    return "\n".join(tables) + "\n"
+
+
+LANES = {
+    "beside": "one beside 15 on other adapters",
+    "flood": "one under 15 streams of prompts of 1,024 tokens",
+    "whole": "16 on one adapter",
+    "alone": "one alone",
+}
+
+
+def automerge_table() -> str:
+    """Throughput with AUTO_MERGE over without."""
+    runs = [json.loads((RESULTS / f"automerge-{dtype}.json").read_text()) for dtype in measured(RESULTS, "automerge")]
+    rows = []
+    for run in runs:
+        for part, name in (("zipf", f"{run['adapters']} adapters, Zipf {run['zipf_s']:g}"), ("one", "one adapter")):
+            one = run[part]
+            each = ", ".join(f"{ratio:.2f}" for ratio in one["rounds"])
+            made = max(sum(after.values()) for _, after in one["changes before and after each round"])
+            rates = (f"{one['off_tokens_per_s']:.0f}", f"{one['on_tokens_per_s']:.0f}")
+            rows.append((f"{run['dtype']}: 16 streams on {name}", *rates, each, f"{made:g}"))
+    head = ("streams", "off, tok/s", "on, tok/s", "on / off, by round", "lanes changed by the end of a round, most")
+    stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
+    return f"{_markdown(head, rows)}\n{stamps}\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "request": request_table,
@@ -174,6 +219,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "measured": measured_table,
     "anatomy": anatomy_table,
     "growth": growth_table,
+    "lanes": lanes_table,
+    "automerge": automerge_table,
     "bars": lambda: bars_table(RESULTS),
     "workload": workload_table,
     "laws": laws_table,

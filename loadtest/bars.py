@@ -50,6 +50,11 @@ def bars(results: Path) -> Iterator[Bar]:
     for part in ("idle", "beside_15_streams"):
         what = f"first use of 2 MB on disk, {part.replace('_', ' ')}: ms added to the first token"
         yield Bar(what, run[part]["added_p50_ms"], run["commit"], at_most=50)
+    for dtype in measured(results, "lanes"):
+        yield from _lanes(_read(results, f"lanes-{dtype}"))
+    for dtype in measured(results, "automerge"):
+        run = _read(results, f"automerge-{dtype}")
+        yield Bar(f"{dtype}: AUTO_MERGE on / off, Zipf 1.5", run["zipf"]["on / off"], run["commit"], 0.98)
 
 
 def bars_table(results: Path) -> str:
@@ -60,6 +65,11 @@ def bars_table(results: Path) -> str:
         met = {True: "yes", False: "**no**", None: "-"}[bar.met]
         rows.append((bar.what, number(bar.reached), aim, met, bar.commit))
     return table(("what", "reached", "aim", "met", "at"), rows)
+
+
+def measured(results: Path, kind: str) -> list[str]:
+    """The number formats for which there are results of this kind."""
+    return [dtype for dtype in comparison.BYTES if (results / f"{kind}-{dtype}.json").exists()]
 
 
 def _compared(run: dict[str, Any]) -> Iterator[Bar]:
@@ -95,6 +105,18 @@ def _steps(run: dict[str, Any]) -> Iterator[Bar]:
     for name, shown in BESIDE.items():
         reached = ratios[f"base rows beside as many on {name} / base"]
         yield Bar(f"{dtype}: 8 base rows beside 8 on {shown} / base alone, decode steps", reached, at, 0.97)
+
+
+def _lanes(run: dict[str, Any]) -> Iterator[Bar]:
+    dtype, beside, flood, at = run["dtype"], run["beside"], run["flood"], run["commit"]
+    gap, others = beside["merged / shared gap_p50"], beside["the others' tokens_per_s, merged / shared"]
+    yield Bar(f"{dtype}: one merged row beside 15, time between tokens / in the shared lane", gap, at, at_most=0.75)
+    yield Bar(f"{dtype}: the 15 others' tokens/s / without the merged lane", others, at, 0.5)
+    tail = flood["gap_p99 / gap_p50"]
+    yield Bar(f"{dtype}: merged under a flood of prompts, p99 / median between tokens", tail, at, at_most=2)
+    yield Bar(f"{dtype}: 16 of 16 rows merged / base", run["whole"]["merged / base"], at, 0.98)
+    alone = run["alone"]["gap, merged / base"]
+    yield Bar(f"{dtype}: alone and merged, time between tokens / base", alone, at, at_most=1.02)
 
 
 def _paired(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:

@@ -20,6 +20,7 @@ from server.engine.messages import Delta, Done, Event, Sampling, Submit
 from server.engine.sampler import Choice
 from server.engine.scheduler import Scheduler, Work
 from server.lora.bank import Bank
+from server.lora.merge import MergedCopy
 from server.lora.weights import AdapterWeights
 from server.model.loader import Base
 
@@ -46,9 +47,9 @@ class TimedRunner(DeviceRunner):
         self.steps: list[StepTime] = []
         self._between: list[torch.cuda.Event] = []
 
-    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
+    def run(self, work: list[Work], copy: MergedCopy | None = None) -> list[tuple[Work, Choice]]:
         start = time.perf_counter()
-        chosen = super().run(work)
+        chosen = super().run(work, copy)
         seconds = time.perf_counter() - start
         device = self._between[0].elapsed_time(self._between[1]) / 1e3 if self._between and chosen else 0.0
         decodes = len(work) if all(item.count == 1 for item in work) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 
 from server import machine
 from server.api import adapters, errors, generate, health, limits
+from server.api.lanes import EngineLanes, restore
 from server.api.schemas import ErrorEnvelope
 from server.api.state import State
 from server.engine.blocks import BlockPool
@@ -64,9 +66,12 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
         gc.collect()
         gc.freeze()
         state.client.attach(engine)
+        state.registry.lanes = EngineLanes(state.client)
+        restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
         try:
             yield
         finally:
+            restoring.cancel()
             await state.client.close()
             gc.unfreeze()
 
@@ -112,6 +117,9 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
         emit=client.emit,
         threads=settings.threads or machine.cores(),
         prefetch_bytes=settings.ram_cache_bytes // 2,  # the other half keeps what is popular
+        merged_bytes=settings.merged_bytes,
+        merged_share=settings.merged_share,
+        auto_merge=settings.auto_merge,
     )
     state = State(settings, base, store, registry, cache, client, longest)
     if settings.preload is not None:
@@ -158,7 +166,7 @@ def kv_tokens(settings: Settings, base: Base) -> int:
     if settings.kv_cache_tokens:
         return max(settings.kv_cache_tokens, BLOCK_SIZE)
     if base.device.type == "cuda":
-        free = torch.cuda.mem_get_info(base.device)[0] - adapter_room(settings, base)
+        free = torch.cuda.mem_get_info(base.device)[0] - adapter_room(settings, base) - settings.merged_bytes
         most = _KV_BOUNDS[1]
     else:
         free = machine.free_memory()

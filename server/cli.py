@@ -159,6 +159,25 @@ def rollback(name: str, version: int, url: Url = LOCAL, as_json: AsJson = False)
     _show([body], ("name", "version", "rank", "bytes", "digest"), as_json)
 
 
+@adapters.command("merge")
+def merge(
+    name: str,
+    url: Url = LOCAL,
+    as_json: AsJson = False,
+    pinned: Annotated[bool, typer.Option(help="Never give its lane up for another adapter's.")] = False,
+) -> None:
+    """Gives an adapter a lane of its own: a copy of the base with the adapter merged in."""
+    body = _call("PATCH", url, _adapter(name), json={"lane": "merged", "pinned": pinned})
+    _show([body], ("name", "version", "lane", "pinned", "digest"), as_json)
+
+
+@adapters.command("unmerge")
+def unmerge(name: str, url: Url = LOCAL, as_json: AsJson = False) -> None:
+    """Puts an adapter back into the shared lane, and frees its copy."""
+    body = _call("PATCH", url, _adapter(name), json={"lane": "shared"})
+    _show([body], ("name", "version", "lane", "pinned", "digest"), as_json)
+
+
 def _call(method: str, url: str, path: str, **more: Any) -> Any:
     """The answer's JSON. What goes wrong is said on stderr, with exit status 1."""
     try:

@@ -45,6 +45,7 @@ class EngineCollector(Collector):
         yield GaugeMetricFamily("onebase_adapters_registered", "Adapters that can be named.", self._registered)
         yield GaugeMetricFamily("onebase_adapter_slots", "Device slots.", s.slots)
         yield GaugeMetricFamily("onebase_adapter_slots_used", "Device slots that hold an adapter.", len(s.resident))
+        yield from _lanes(s)
         tiers = GaugeMetricFamily("onebase_adapter_bytes", "Bytes of adapters held.", labels=["tier"])
         tiers.add_metric(["ram"], c.used_bytes)
         tiers.add_metric(["device"], s.slot_bytes)
@@ -74,6 +75,24 @@ class EngineCollector(Collector):
         for outcome, count in sorted(s.outcomes.items()):
             outcomes.add_metric([outcome], count)
         yield outcomes
+
+
+def _lanes(s: Stats) -> Iterator[Metric]:
+    copies = GaugeMetricFamily("onebase_merged_copies", "Merged copies that take requests.", labels=["by"])
+    automatic = sum(one.automatic for one in s.copies.values())
+    copies.add_metric(["request"], len(s.copies) - automatic)
+    copies.add_metric(["auto"], automatic)
+    yield copies
+    yield GaugeMetricFamily("onebase_merged_bytes", "Bytes of merged copies.", s.merged_bytes)
+    yield CounterMetricFamily(
+        "onebase_merged_byte_seconds",
+        "Bytes times seconds of the merged copies that were asked for.",
+        sum(s.merged_byte_seconds.values()),
+    )
+    changes = CounterMetricFamily("onebase_lane_changes", "Copies made and given up.", labels=["change", "reason"])
+    for (change, reason), count in sorted(s.lane_changes.items()):
+        changes.add_metric([change, reason], count)
+    yield changes
 
 
 def make_registry(stats: Stats, cache: CacheFigures, registered: int) -> CollectorRegistry:

@@ -39,6 +39,13 @@ class Settings(BaseSettings):
     eviction: Literal["lru", "cost"] = Field(
         "cost", description="which goes first, in RAM and on the device: lru, or by use, size and reload cost"
     )
+    merged_bytes: int = Field(GIB, ge=0, description="merged copies of the base's linears, for lanes of their own")
+    merged_share: float = Field(
+        0.5, ge=0.05, le=0.95, description="of the device's time, for all merged lanes while the shared one has work"
+    )
+    auto_merge: bool = Field(
+        False, description="give adapters lanes of their own where measured step times say that it pays"
+    )
     max_rank: int = Field(64, ge=1, le=4096, description="largest LoRA rank an upload may have")
     preload: Path | None = Field(None, description="directory of adapter directories, registered at start")
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="largest adapter upload")

@@ -122,6 +122,7 @@ class Oracle:
     def __init__(self, base: Path, dtype: torch.dtype = torch.float32):
         self.base, self.dtype = base, dtype
         self._models: dict[Path | None, Any] = {}
+        self._merged: dict[Path, Any] = {}
 
     def model(self, adapter: Path | None) -> Any:
         if adapter not in self._models:
@@ -129,8 +130,18 @@ class Oracle:
             self._models[adapter] = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
         return self._models[adapter]
 
+    def merged(self, adapter: Path | None) -> Any:
+        """The base with the adapter merged in by PEFT; its own weights, no LoRA."""
+        if adapter is None:
+            return self.model(None)
+        if adapter not in self._merged:
+            model = AutoModelForCausalLM.from_pretrained(self.base, dtype=self.dtype, attn_implementation="eager")
+            self._merged[adapter] = PeftModel.from_pretrained(model, adapter).merge_and_unload().eval()
+        return self._merged[adapter]
+
     def forget(self) -> None:
         self._models.clear()
+        self._merged.clear()
 
     @torch.inference_mode()
     def greedy(self, prompt: list[int], tokens: int, adapter: Path | None) -> list[int]:
@@ -151,9 +162,18 @@ class Oracle:
     @torch.inference_mode()
     def logprobs(self, prompt: list[int], continuation: list[int], adapter: Path | None) -> torch.Tensor:
         """Teacher-forced log-probabilities [len(continuation), vocabulary]."""
-        ids = torch.tensor([prompt + continuation])
-        logits = self.model(adapter)(input_ids=ids).logits[0, len(prompt) - 1 : -1]
-        return logits.float().log_softmax(-1)
+        return _forced(self.model(adapter), prompt, continuation)
+
+    @torch.inference_mode()
+    def merged_logprobs(self, prompt: list[int], continuation: list[int], adapter: Path | None) -> torch.Tensor:
+        """The same of `merged`."""
+        return _forced(self.merged(adapter), prompt, continuation)
+
+
+def _forced(model: Any, prompt: list[int], continuation: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt + continuation])
+    logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+    return logits.float().log_softmax(-1)
 
 
 def prompts_of(lengths: Sequence[int], vocabulary: int, seed: int = 0) -> list[list[int]]:

@@ -15,8 +15,9 @@ import torch
 
 from server.core import AdapterRef
 from server.engine.blocks import BlockPool
+from server.engine.costs import DecodeCosts
 from server.engine.engine import Engine
-from server.engine.messages import Delta, Done, Event, Sampling, Submit
+from server.engine.messages import Delta, Done, Event, LaneChanged, Merge, Sampling, Submit, Unmerge
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.lora.bank import Bank
@@ -60,6 +61,8 @@ class Harness:
         max_running: int = 64,
         prefix_cache: bool = True,
         prefetch_bytes: int = 2**30,
+        merged_bytes: int = 2**30,
+        auto_merge: bool = False,
         runner: Callable[..., Any] | None = None,
     ):
         self.base = base
@@ -84,6 +87,8 @@ class Harness:
             emit=self._emit,
             threads=2,
             prefetch_bytes=prefetch_bytes,
+            merged_bytes=merged_bytes,
+            auto_merge=auto_merge,
         )
 
     def fetch(self, digest: str) -> AdapterWeights:
@@ -140,6 +145,7 @@ class Harness:
         assert (stats.running, stats.waiting, stats.loading) == (0, 0, 0)
         assert self.bank.references == 0
         assert self.scheduler.pool.used == 0
+        assert not self.engine._merged._leaving
 
 
 @contextlib.contextmanager
@@ -158,3 +164,45 @@ def running(base: Base, **options: Any) -> Iterator[Harness]:
 def fresh_base(folder: Path, dtype: str = "float32", data_dir: Path | None = None, *, kernels: bool = True) -> Base:
     """Loads a base of its own: an engine changes the model's modules, so none is shared."""
     return load_base(str(folder), data_dir or folder.parent / "data", dtype=dtype, device="cpu", kernels=kernels)
+
+
+class Lanes:
+    """Merges and unmerges, waiting for the engine's answer."""
+
+    def __init__(self, engine: Harness):
+        self.engine, self._answers, self._count = engine, dict[str, LaneChanged](), 0
+        self._came = threading.Condition()
+        emit = engine.engine._emit
+
+        def listen(events: list[Any]) -> None:
+            with self._came:
+                self._answers.update({one.id: one for one in events if isinstance(one, LaneChanged)})
+                self._came.notify_all()
+            emit([one for one in events if not isinstance(one, LaneChanged)])
+
+        engine.engine._emit = listen
+
+    def change(self, kind: Any, adapter: Path, *more: Any) -> LaneChanged:
+        self._count += 1
+        number, reference = f"lane-{self._count}", self.engine.ref(adapter)
+        self.engine.engine.change_lane(kind(number, reference, *more))
+        with self._came:
+            assert self._came.wait_for(lambda: number in self._answers, 60), "no answer"
+            return self._answers.pop(number)
+
+    def merge(self, adapter: Path) -> None:
+        assert self.change(Merge, adapter, False).error is None
+
+    def unmerge(self, adapter: Path) -> None:
+        assert self.change(Unmerge, adapter).error is None
+
+
+def dear() -> DecodeCosts:
+    """Costs of adapters as never seen, that nothing which the engine measures changes."""
+    costs = DecodeCosts()
+    for merged in (False, True):
+        costs.learn(merged=merged, rows=1, adapted=0, context=0, seconds=0.01)
+    for _ in range(100):
+        costs.learn(merged=False, rows=1, adapted=1, context=0, seconds=0.02)
+    costs.learn = lambda **seen: None  # type: ignore[method-assign]
+    return costs

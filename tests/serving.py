@@ -66,7 +66,7 @@ class Server:
 
     def terminate(self) -> None:
         """What SIGTERM does."""
-        self.state.client._loop.call_soon_threadsafe(self._uvicorn.handle_exit, signal.SIGTERM, None)
+        self.state.client.loop.call_soon_threadsafe(self._uvicorn.handle_exit, signal.SIGTERM, None)
 
     @property
     def engine(self) -> Any:

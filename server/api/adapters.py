@@ -20,12 +20,12 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from server.api.limits import media_type
-from server.api.schemas import AdapterInfo, AdapterList, AdapterStatus, Rollback, Source, VersionList
+from server.api.schemas import AdapterInfo, AdapterList, AdapterStatus, LanePatch, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
-from server.core import MAX_CONFIG_BYTES, AdapterVersion
+from server.core import MAX_CONFIG_BYTES, AdapterRef, AdapterVersion
 from server.errors import InvalidRequest, Overloaded, TooLarge
 from server.registry import sources
-from server.registry.registry import PutResult
+from server.registry.records import PutResult
 from server.registry.store import Staging, storage_errors
 
 RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are received at once
@@ -119,6 +119,14 @@ async def roll_back(name: str, body: Rollback, state: OneState, if_match: IfMatc
     """Makes an earlier version current again, under its own number."""
     version = await run_in_threadpool(state.registry.rollback, name, body.version, if_match=if_match)
     return _with_etag(version, 200)
+
+
+@router.patch("/{name}", response_model=AdapterStatus)
+async def patch_adapter(name: str, body: LanePatch, state: OneState) -> dict[str, Any]:
+    """Gives an adapter a lane of its own, or takes it back. Answers when it is there; 409 when there is no room."""
+    merged = None if body.lane is None else body.lane == "merged"
+    change = partial(state.registry.set_lane, name, merged=merged, pinned=body.pinned)
+    return _status(state, await run_in_threadpool(change))
 
 
 @router.delete("/{name}", status_code=204)
@@ -236,10 +244,11 @@ def _with_etag(version: AdapterVersion, status: int) -> JSONResponse:
 
 def _status(state: State, version: AdapterVersion) -> dict[str, Any]:
     activity = state.activity.get(version.name, Activity())
+    figures = state.client.lane(AdapterRef(version.name, version.version, version.digest))
     return _plain(version) | {
         "residency": _residency(state, version.digest),
-        "lane": "shared",
-        "pinned": False,
+        "lane": "shared" if figures is None else "merged",
+        "pinned": figures is not None and figures.pinned,
         "in_flight": activity.in_flight,
         "last_used": activity.last_used,
         "requests": activity.requests,

@@ -116,6 +116,7 @@ async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
             sampling=_sampling(body),
             n=body.n,
             salt=state.salt,
+            batch=body.priority == "batch",
         )
 
         activity: Activity | None = None

@@ -76,7 +76,7 @@ class Answer:
                 "name": ref.name if ref else None,
                 "version": ref.version if ref else None,
                 "digest": ref.digest if ref else self._base.info.digest,
-                "lane": "shared" if ref else "base",
+                "lane": "base" if ref is None else "merged" if residency.merged else "shared",
                 "cold": residency.cold,
                 "load_ms": round(residency.load_ms, 3),
             },

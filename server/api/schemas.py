@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StringConstraints, Tag, model_validator
 
 MAX_PROMPT_CHARS = 2_000_000
 MAX_PROMPT_TOKENS = 1_000_000
@@ -63,6 +63,9 @@ class GenerateRequest(Strict):
     logprobs: int | None = Field(None, ge=0, le=20)
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
+    priority: Literal["interactive", "batch"] = Field(
+        "interactive", description="batch yields: it is computed after the other, and gives its place up first"
+    )
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -189,6 +192,19 @@ class Rollback(Strict):
     """Which version becomes current again."""
 
     version: int = Field(ge=1)
+
+
+class LanePatch(Strict):
+    """What is to change; what is left out stays."""
+
+    lane: Literal["shared", "merged"] | None = None
+    pinned: bool | None = Field(None, description="a pinned copy never goes for another's sake; needs the merged lane")
+
+    @model_validator(mode="after")
+    def _something(self) -> Self:
+        if self.lane is None and self.pinned is None:
+            raise ValueError("name what is to change: lane, pinned")
+        return self
 
 
 class Source(Strict):

@@ -35,8 +35,9 @@ class Batch:
     fresh: torch.Tensor | None
 
 
-def build(work: Seq[Work], pool: KVPool, device: torch.device) -> Batch:
-    """Tokens are ordered base first, then by adapter, so that each adapter is one run."""
+def build(work: Seq[Work], pool: KVPool, device: torch.device, *, lora: bool = True) -> Batch:
+    """Tokens are ordered base first, then by adapter, so that each adapter is one run. Without `lora` nobody has one:
+    the step is a merged lane's."""
     ordered = sorted(work, key=_place)
     starts, end = [], 0
     for item in ordered:
@@ -63,7 +64,7 @@ def build(work: Seq[Work], pool: KVPool, device: torch.device) -> Batch:
         logits_at=tensor(last or [0]),
         sampled=[item for item in ordered if item.samples],
         attention=AttentionBatch(pool, tensor(slots), groups, chunks),
-        lora=_lora(ordered, starts, end, pool.kernels is not None, tensor),
+        lora=_lora(ordered, starts, end, pool.kernels is not None, tensor) if lora else None,
         fresh=tensor(fresh) if fresh else None,
     )
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
 
+from server.core import AdapterRef
 from server.engine.engine import Engine
-from server.engine.messages import Delta, Done, Event, Residency, Stats, Submit
+from server.engine.messages import (
+    CopyFigures,
+    Delta,
+    Done,
+    Event,
+    LaneChanged,
+    Merge,
+    Residency,
+    Stats,
+    Submit,
+    Unmerge,
+)
 from server.errors import EngineFailure, Overloaded
 
 log = logging.getLogger("onebase.engine")
@@ -23,7 +36,7 @@ class Stream:
     def __init__(self, submit: Submit, on_done: Callable[[Done], None]):
         self.submit, self.on_done = submit, on_done
         self.left = False  # whether its reader has gone
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[Delta | Done] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Delta | Done]:
         while True:
@@ -32,7 +45,7 @@ class Stream:
             if isinstance(event, Done):
                 return
 
-    def put(self, event: Event) -> None:
+    def put(self, event: Delta | Done) -> None:
         """Called on the event loop."""
         self._events.put_nowait(event)
 
@@ -48,12 +61,14 @@ class EngineClient:
         self._counted: set[str] = set()  # requests that have a share of the bounds
         self._idle = asyncio.Event()
         self._idle.set()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changes: dict[str, asyncio.Future[LaneChanged]] = {}
+        self._numbers = itertools.count()
+        self.loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
         """Starts `engine`, whose `emit` must be this client's. Called on the event loop."""
-        self._loop, self._engine = asyncio.get_running_loop(), engine
+        self.loop, self._engine = asyncio.get_running_loop(), engine
         engine.start()
 
     @property
@@ -84,9 +99,9 @@ class EngineClient:
 
     def emit(self, events: list[Event]) -> None:
         """The engine's way out; called on its thread."""
-        assert self._loop is not None
+        assert self.loop is not None
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
-            self._loop.call_soon_threadsafe(self._dispatch, events)
+            self.loop.call_soon_threadsafe(self._dispatch, events)
 
     def submit(self, submit: Submit, on_done: Callable[[Done], None]) -> Stream:
         """Hands a request to the engine. `on_done` is called once, whether or not anybody still reads the stream.
@@ -119,6 +134,38 @@ class EngineClient:
         if self._engine is not None and request_id in self._streams:
             self._engine.cancel(request_id)
 
+    async def merge(self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False) -> tuple[AdapterRef, ...]:
+        """Gives the adapter a lane of its own and waits until it has it; the adapters that lost theirs for it, of which
+        there are none if it `keeps` them. Raises Conflict when there is no room, AdapterUnavailable, or Overloaded when
+        the engine has ended."""
+        return await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps))
+
+    async def unmerge(self, adapter: AdapterRef, *, asked: bool = False) -> None:
+        """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there."""
+        await self._change_lane(lambda number: Unmerge(number, adapter, asked))
+
+    def lane(self, adapter: AdapterRef) -> CopyFigures | None:
+        """The adapter's own lane, if new requests for it run in one."""
+        return self.stats.copies.get(adapter)
+
+    async def _change_lane(self, message: Callable[[str], Merge | Unmerge]) -> tuple[AdapterRef, ...]:
+        if self._engine is None or not self._engine.alive:
+            raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
+        number, answer = f"lane-{next(self._numbers)}", asyncio.get_running_loop().create_future()
+        self._changes[number] = answer
+        try:
+            self._engine.change_lane(message(number))
+            while not answer.done() and self._engine.alive:  # it may have died just now, without having seen this
+                await asyncio.wait((answer,), timeout=1)
+            if not answer.done():
+                raise Overloaded("the engine has ended", code="not_ready", retry_after=5)
+            change: LaneChanged = answer.result()
+        finally:
+            del self._changes[number]
+        if change.error is not None:
+            raise change.error
+        return change.evicted
+
     def leave(self, stream: Stream) -> None:
         """The reader has gone, and if the request is still open, so has its client. Of no effect the second time."""
         stream.left = True
@@ -143,6 +190,11 @@ class EngineClient:
 
     def _dispatch(self, events: list[Event]) -> None:
         for event in events:
+            if isinstance(event, LaneChanged):
+                change = self._changes.get(event.id)
+                if change is not None and not change.done():
+                    change.set_result(event)
+                continue
             stream = self._streams.get(event.id)
             if stream is None:
                 continue

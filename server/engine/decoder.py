@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from server.kernels import layer as records
 from server.kernels.ops import Kernels, Products
 from server.lora.groups import GroupMember
-from server.lora.layers import LoraLinears, LoraStep
+from server.lora.layers import LoraLinears, LoraStep, Merged
 from server.model import attention, fused
 from server.model.attention import AttentionBatch, PrefillChunk
 from server.model.kv import BlockTable, KVPool
@@ -27,22 +27,35 @@ log = logging.getLogger("onebase.engine")
 _PROBE_TOKENS = 12
 
 
-def install(model: Any, kernels: Kernels, pool: KVPool, lora: LoraStep) -> int:
-    """Takes over the layers of `model`, all or none; how many."""
+def install(model: Any, kernels: Kernels, pool: KVPool, lora: LoraStep) -> Layers | None:
+    """Takes over the layers of `model`, all or none."""
     layers = [module for module in model.modules() if fused.does_what(module, (LlamaDecoderLayer,))]
-    described = [_describe(layer, pool) for layer in layers]
-    found = [one for one in described if one is not None]
-    if not found or not len(found) == len(layers) == len(pool.keys):
-        return 0
-    wanted, steps = _logits(model, pool), Steps(kernels, lora, found)
-    for layer, description in zip(layers, found, strict=True):
-        layer.forward = Call(steps, description)  # names and weights stay where they are
+    found = Layers(layers, pool)
+    own = found.described(None)
+    if own is None or len(own) != len(pool.keys):
+        return None
+    wanted, steps = _logits(model, pool), Steps(kernels, lora, own)
+    for number, layer in enumerate(layers):
+        layer.forward = Call(steps, own, number)  # names and weights stay where they are
     if fused.close(_logits(model, pool), wanted, kernels.dtype):
-        return len(found)
+        return found
     log.info("%s keeps its own layers", type(model).__name__)
     for layer in layers:
         del layer.forward
-    return 0
+    return None
+
+
+class Layers:
+    """The layers of a model that are called whole."""
+
+    def __init__(self, layers: list[Any], pool: KVPool):
+        self._layers, self._pool = layers, pool
+
+    def described(self, merged: Merged | None) -> list[Description] | None:
+        """All layers on the base's weights or a merged copy's; None when a part of one is not ours."""
+        found = [_describe(layer, self._pool, merged) for layer in self._layers]
+        described = [one for one in found if one is not None]
+        return described if found and len(described) == len(found) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +77,11 @@ class Steps:
         self._batch: object = None
         self._record = records.Step()
         self._kept: tuple[object, ...] = ()
+
+    @property
+    def layers(self) -> list[Description] | None:
+        """The layers of the merged copy that this step runs on, if it does."""
+        return self._lora.merged.layers if self._lora.merged is not None else None
 
     def of(self, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> records.Step:
         """The record for this layer's input [1, tokens, hidden] and its cosines and sines [1, tokens, rotary]."""
@@ -105,19 +123,20 @@ class Steps:
 class Call:
     """Stands for the forward of one layer."""
 
-    def __init__(self, steps: Steps, description: Description):
-        self._steps, self._description = steps, description
+    def __init__(self, steps: Steps, own: list[Description], number: int):
+        self._steps, self._own, self._number = steps, own, number
 
     def __call__(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor], **_: object
     ) -> torch.Tensor:
         """hidden_states [1, tokens, hidden], contiguous; changed in place and handed back."""
         steps = self._steps
-        steps.kernels.layer(hidden_states, self._description.record, steps.of(hidden_states, position_embeddings))
+        layers = self._own if steps.layers is None else steps.layers
+        steps.kernels.layer(hidden_states, layers[self._number].record, steps.of(hidden_states, position_embeddings))
         return hidden_states
 
 
-def _describe(layer: Any, pool: KVPool) -> Description | None:
+def _describe(layer: Any, pool: KVPool, merged: Merged | None) -> Description | None:
     """None when a part of the layer is not one of ours."""
     of, mlp = layer.self_attn, layer.mlp
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
@@ -125,8 +144,8 @@ def _describe(layer: Any, pool: KVPool) -> Description | None:
     heads = (norm for norm in (of.q_norm, of.k_norm) if norm is not None) if ours else ()
     if not ours or not all(isinstance(norm, fused.RmsNorm) for norm in (*norms, *heads)):
         return None
-    parts = [_linears(of.q_proj, of.k_proj, of.v_proj), _linears(of.o_proj)]
-    parts += [_linears(mlp.gate_proj, mlp.up_proj), _linears(mlp.down_proj)]
+    sides = (of.q_proj, of.k_proj, of.v_proj), (of.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
+    parts = [_linears(modules, merged) for modules in sides]
     found = [part for part in parts if part is not None]
     if len(found) < len(parts):
         return None
@@ -145,20 +164,20 @@ def _norm(norm: fused.RmsNorm | None) -> records.Norm:
     return records.Norm() if norm is None else records.Norm(norm.weight.data_ptr(), norm.eps, norm.offset)
 
 
-def _linears(*modules: Any) -> tuple[records.Linears, tuple[object, ...]] | None:
+def _linears(modules: tuple[Any, ...], merged: Merged | None) -> tuple[records.Linears, Products] | None:
     """The record of linears that are computed together, and what it points to."""
     members = [module for module in modules if isinstance(module, GroupMember)]
     groups = {id(member.shared): member.shared.group for member in members}
     if len(members) < len(modules) or len(groups) != 1:
         return None
     (group,) = groups.values()
-    if not isinstance(group, LoraLinears) or len(group.dense) != len(modules):
+    if not isinstance(group, LoraLinears) or len(group.names) != len(modules):
         return None
-    packed = [one.packed for one in group.dense if one.packed is not None]
-    if len(packed) < len(modules):
+    joint = group.own if merged is None else merged.groups.get(group.names, group.own)
+    products = joint.products
+    if products is None:
         return None
-    products = Products(packed, group.numbers)
-    return records.Linears(products.address, len(packed), packed[0].steps, group.dense[0].in_features), (products,)
+    return records.Linears(products.address, products.count, products.steps, joint.dense[0].in_features), products
 
 
 def _logits(model: Any, pool: KVPool) -> torch.Tensor:

@@ -14,10 +14,12 @@ from server.engine.graphs import Capture, DecodeGraphs, Step
 from server.engine.layout import BASE
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
-from server.lora.grouped import install
+from server.lora import grouped
+from server.lora.merge import MergedCopy
 from server.lora.ops_triton import Segments, cut, is_long
 from server.lora.segmented import SegmentedLora
 from server.lora.tables import AdapterTables
+from server.lora.weights import AdapterWeights
 from server.model import attention
 from server.model.kv import KVPool
 from server.model.loader import Base
@@ -47,11 +49,12 @@ class DeviceRunner:
         capture: Capture | None,
     ):
         self.base = base
-        self._adapters = install(base.model, base.info)
+        self._adapters = grouped.install(base.model, base.info)
         self.tables = AdapterTables(base.info, slots=slots, max_rank=max_rank, dtype=base.dtype, device=base.device)
         self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
         self._longest = -(-min(longest, blocks * block_size) // block_size) * block_size
         self._graphs: DecodeGraphs | None = None
+        self._merging: torch.cuda.Stream | None = None  # that copies are made on: the allocator keeps memory for each
         if capture is not None:
             self._graphs = DecodeGraphs(
                 self._replayable,
@@ -80,14 +83,33 @@ class DeviceRunner:
         """An adapter has left the device."""
         self.tables.drop(digest)
 
-    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
+    def merged_bytes(self, weights: AdapterWeights) -> int:
+        """What `merge` would add to the memory in use."""
+        return grouped.merged_bytes(self._adapters.groups, weights)
+
+    def merge(self, weights: AdapterWeights) -> MergedCopy:
+        """A copy of the base with the adapter merged in, for `run`. Called on any thread, beside the steps."""
+        if self.base.device.type != "cuda":
+            return grouped.merge(self._adapters.groups, weights)
+        if self._merging is None:
+            self._merging = torch.cuda.Stream(self.base.device)
+        with torch.cuda.stream(self._merging):
+            copy = grouped.merge(self._adapters.groups, weights)
+        self._merging.synchronize()  # the steps' stream does not wait for this one
+        # When the copy goes, steps that read it may still be queued: the next one must not be written there before.
+        for joint in copy.groups.values():
+            joint.record_stream(torch.cuda.default_stream(self.base.device))
+        return copy
+
+    def run(self, work: list[Work], copy: MergedCopy | None = None) -> list[tuple[Work, Choice]]:
         """Computes `work` and returns a choice for each item that reached its sequence's last token."""
         with torch.inference_mode():
-            rows = layout.arrange(work, [self._slot(item) for item in work])
+            rows = layout.arrange(work, [BASE if copy is not None else self._slot(item) for item in work])
             sampled = [row for row in rows if row.work.samples]
-            logits = self._decode(rows, sampled)
+            # A graph reads the base's own weights.
+            logits = self._decode(rows, sampled) if copy is None else None
             if logits is None:
-                logits = self._eager(rows, [row.end - 1 for row in sampled])
+                logits = self._eager(rows, [row.end - 1 for row in sampled], copy)
             if not sampled:
                 return []
             sequences = [row.work.sequence for row in sampled]
@@ -113,7 +135,7 @@ class DeviceRunner:
         batch = PagedBatch(self.pool, step["slots"], step["tables"], step["decodes"], self._longest)
         return self._forward(step, batch, segments, 0)
 
-    def _eager(self, rows: list[layout.Row], last: list[int]) -> torch.Tensor:
+    def _eager(self, rows: list[layout.Row], last: list[int], copy: MergedCopy | None = None) -> torch.Tensor:
         """Any step: logits at the packed places `last` (one of no use where there are none)."""
         runs = layout.runs(rows)
         long = is_long(runs)
@@ -129,7 +151,11 @@ class DeviceRunner:
         decodes = step["decodes"] if len(step["decodes"]) else None
         # Not the rows' own longest: the kernels are compiled for a number of splits, and the graphs know this one's.
         batch = PagedBatch(self.pool, step["slots"], step["tables"], decodes, self._longest, layout.chunks(rows))
-        return self._forward(step, batch, segments, step["last"])
+        self._adapters.merged = copy
+        try:
+            return self._forward(step, batch, segments, step["last"])
+        finally:
+            self._adapters.merged = None
 
     def _warm_prefill(self, long: bool) -> None:
         """A prompt of token 0 in the null block. A short one will do: kernels are compiled for tiles, not lengths."""

@@ -1,6 +1,7 @@
 """The engine: one thread that owns scheduler, blocks, slots and model. Commands come in, events go out.
 
-A step is schedule -> forward -> sample -> events. Every request that is submitted gets exactly one `Done`.
+A step is schedule -> forward -> sample -> events, of one lane at a time. Every request that is submitted gets exactly
+one `Done`, every merge and unmerge exactly one `LaneChanged`.
 """
 
 from __future__ import annotations
@@ -9,44 +10,64 @@ import logging
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Protocol
 
+from server.core import AdapterRef
+from server.engine.automerge import AutoMerge
 from server.engine.blocks import chain_seed
+from server.engine.calibrate import calibrate
+from server.engine.lanes import SHARED
 from server.engine.loading import AdapterLoader
-from server.engine.messages import Cancel, Delta, Done, Event, Fetched, Loaded, Residency, Stats, Submit
+from server.engine.merging import Builder, LaneMessage, MergedCopies
+from server.engine.messages import (
+    Cancel,
+    Delta,
+    Done,
+    Event,
+    Fetched,
+    LaneChanged,
+    Loaded,
+    Merge,
+    Residency,
+    Stats,
+    Stop,
+    Submit,
+    Unmerge,
+)
 from server.engine.sampler import Choice
 from server.engine.scheduler import Scheduler, Work
 from server.engine.sequence import Request, Sequence
 from server.engine.text import TextStream
+from server.engine.turns import Turns
 from server.errors import EngineFailure, OnebaseError, Overloaded
 from server.lora import cores
 from server.lora.bank import Bank
+from server.lora.merge import MergedCopy
 from server.lora.weights import AdapterWeights
 from server.model.loader import Base
 
 log = logging.getLogger("onebase.engine")
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Ends the engine; requests that are still open end with `fault`."""
-
-    fault: OnebaseError
+Message = Submit | Cancel | Loaded | Fetched | LaneMessage | Stop
 
 
-class StepRunner(Protocol):
-    """Computes a step of scheduled work on `base`, and chooses a token for each item that needs one."""
+class StepRunner(Builder, Protocol):
+    """Computes a step of scheduled work on `base`, or on a merged copy of it, and chooses a token for each item that
+    needs one."""
 
     base: Base
 
-    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]: ...
+    def run(self, work: list[Work], copy: MergedCopy | None = None) -> list[tuple[Work, Choice]]: ...
 
 
 class Engine:
     """Runs until `stop`. `emit` is called on the engine's thread with the events of a step, in order. `prefetch_bytes`
-    bounds the adapters that are held in RAM for requests without a slot."""
+    bounds the adapters that are held in RAM for requests without a slot, `merged_bytes` the merged copies;
+    `merged_share` is what their lanes have of the device's time while the shared lane has work. With `auto_merge`
+    it makes copies of its own accord."""
 
     def __init__(
         self,
@@ -58,12 +79,20 @@ class Engine:
         emit: Callable[[list[Event]], None],
         threads: int,
         prefetch_bytes: int,
+        merged_bytes: int = 0,
+        merged_share: float = 0.5,
+        auto_merge: bool = False,
     ):
         self._runner, self._scheduler, self._emit, self._threads = runner, scheduler, emit, threads
-        self._inbox: queue.SimpleQueue[Submit | Cancel | Loaded | Fetched | Stop] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._loader = AdapterLoader(bank, fetch, self._inbox.put, runner.base.device, prefetch_bytes)
         self._requests: dict[str, Request] = {}
         self._events: list[Event] = []
+        self._turns = Turns(scheduler, merged_share)
+        self._merged = MergedCopies(
+            runner, fetch, self._inbox.put, self._answer, freed=self._turns.forget, most=merged_bytes
+        )
+        self._auto_merge = auto_merge
         self._order = 0
         self._fault: OnebaseError | None = None
         self.stats = Stats(blocks=scheduler.pool.count, slots=bank.capacity)
@@ -79,11 +108,16 @@ class Engine:
     def submit(self, submit: Submit) -> None:
         """From any thread. Ends in exactly one Done."""
         adapter = submit.adapter
-        if adapter is None or adapter.digest in self.stats.resident or not self._loader.may_begin(adapter.digest):
+        resident = adapter is None or adapter.digest in self.stats.resident or self._has_lane(adapter)
+        if adapter is None or resident or not self._loader.may_begin(adapter.digest):
             self._inbox.put(submit)
             return
         self._inbox.put(replace(submit, early=True))
         self._loader.begin(adapter.digest)
+
+    def change_lane(self, message: Merge | Unmerge) -> None:
+        """From any thread. Ends in exactly one LaneChanged."""
+        self._inbox.put(message)
 
     def cancel(self, request_id: str) -> None:
         """From any thread; of no effect on a request that has ended."""
@@ -101,12 +135,16 @@ class Engine:
 
     def _run(self) -> None:
         cores.take(self._threads)
-        self._started.set()
         try:
+            if self._auto_merge:
+                costs = calibrate(self._runner, self._scheduler.pool, self._scheduler.max_running)
+                self._turns.auto = AutoMerge(costs, self._merged, self._turns.share)
+            self._started.set()
             self._loop()
         except Exception:  # a fault of our own: the server is not ready any more, but no request is left hanging
             log.exception("the engine failed")
             self._fault = EngineFailure("the engine failed")
+        self._started.set()
         self._close()
 
     def _loop(self) -> None:
@@ -114,15 +152,23 @@ class Engine:
         while self._fault is None:
             self._receive(block=idle)
             self._loader.serve()
-            work = self._scheduler.schedule() if self._fault is None else []
-            if work:
-                self._step(work)
+            work = self._turn() if self._fault is None else []
             self._publish()
             idle = not work  # then nothing changes until a message comes
+
+    def _turn(self) -> list[Work]:
+        """One step of the lane whose turn it is; its work, if there was any."""
+        start = monotonic()
+        lane, work = self._turns.next() if self._merged else (SHARED, self._scheduler.schedule())
+        if work:
+            self._step(work, self._merged.copy_of(lane))
+            self._turns.taken(lane, work, monotonic() - start)
+        return work
 
     def _close(self) -> None:
         """Ends what is open, and what was submitted too late. What is submitted after that finds `alive` False."""
         self._closing = True
+        self._merged.give_all_up(self._fault)
         for request in list(self._requests.values()):
             try:
                 self._end(request, "error", self._fault)
@@ -132,8 +178,11 @@ class Engine:
             message = self._inbox.get()
             if isinstance(message, Submit):
                 self._events.append(Done(message.id, "error", 0, 0, 0, Residency(), self._fault))
+            elif isinstance(message, Merge | Unmerge):
+                self._events.append(LaneChanged(message.id, error=self._fault))
         self._publish()
-        self._loader.close()  # last: it waits for a load under way
+        self._merged.close()  # last: these wait for what is under way
+        self._loader.close()
 
     def _receive(self, block: bool) -> None:
         """Handles the messages that are there; if there is nothing else to do, waits for one."""
@@ -148,6 +197,9 @@ class Engine:
                     self._end(request, "cancelled")
             elif isinstance(message, Fetched):
                 self._loader.fetched(message)
+            elif isinstance(message, LaneMessage):
+                self._merged.handle(message)
+                self._turns.changed(message)
             elif isinstance(message, Loaded):
                 for request in self._loader.arrived(message):
                     self._end(request, "error", message.fault)
@@ -156,10 +208,16 @@ class Engine:
 
     def _open(self, submit: Submit) -> None:
         adapter = submit.adapter.digest if submit.adapter else ""
-        seed = chain_seed(self._runner.base.info.digest.encode(), adapter.encode(), submit.salt)
-        request = Request(submit, seed, monotonic())
+        held = self._merged.acquire(submit.adapter) if submit.adapter is not None else None
+        # What a merged lane computes differs in its last bits from what the shared one does.
+        kind = b"merged" if held is not None else b""
+        seed = chain_seed(self._runner.base.info.digest.encode(), adapter.encode(), submit.salt, kind)
+        request = Request(submit, seed, monotonic(), held=held)
         self._requests[submit.id] = request
-        if submit.adapter is not None:
+        if held is not None:
+            request.residency = Residency(merged=True)
+            self._loader.unasked(submit)
+        elif submit.adapter is not None:
             self._loader.want(request)
         for index in range(submit.n):
             self._order += 1
@@ -168,10 +226,10 @@ class Engine:
             request.sequences.append(sequence)
             self._scheduler.add(sequence)
 
-    def _step(self, work: list[Work]) -> None:
+    def _step(self, work: list[Work], copy: MergedCopy | None) -> None:
         self.stats.step_began = monotonic()
         try:
-            choices = self._runner.run(work)
+            choices = self._runner.run(work, copy)
         except Exception:  # a failed step costs the rows that were in it, and nobody else
             log.exception("a step failed")
             self.stats.failed_steps += 1
@@ -239,7 +297,17 @@ class Engine:
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 self._scheduler.remove(sequence)
-        self._loader.give_up(request)
+        if request.held is not None:
+            self._merged.release(request.held)
+            request.held = None
+        else:
+            self._loader.give_up(request)
+
+    def _answer(self, event: LaneChanged) -> None:
+        self._events.append(event)
+
+    def _has_lane(self, adapter: AdapterRef) -> bool:
+        return adapter in self.stats.copies
 
     def _publish(self) -> None:
         scheduler, bank, stats = self._scheduler, self._loader.bank, self.stats
@@ -252,6 +320,10 @@ class Engine:
         stats.resident, stats.slot_bytes = bank.digests(), bank.bytes
         stats.slot_references, stats.slot_evictions, stats.slot_loads = bank.references, bank.evictions, bank.loads
         stats.prefetches = dict(self._loader.prefetches)
+        if self._merged or stats.copies or stats.merged_bytes:
+            self._merged.count()
+            stats.copies, stats.merged_bytes = self._merged.figures(), self._merged.nbytes
+            stats.merged_byte_seconds, stats.lane_changes = dict(self._merged.byte_seconds), dict(self._merged.changes)
         if self._events:
             events, self._events = self._events, []
             self._emit(events)

@@ -16,7 +16,7 @@ from time import monotonic
 
 import torch
 
-from server.engine.messages import Fetched, Loaded, Residency
+from server.engine.messages import Fetched, Loaded, Residency, Submit
 from server.engine.sequence import Request
 from server.engine.uploading import Uploader
 from server.errors import AdapterUnavailable, OnebaseError
@@ -88,6 +88,11 @@ class AdapterLoader:
         if request.weights is None:
             request.residency = Residency(cold=digest not in self.bank.digests())
             self._lacking[request.submit.id] = request
+
+    def unasked(self, submit: Submit) -> None:
+        """A new request has no use for its adapter here; if it is being fetched for it, that is for nobody."""
+        if submit.early and submit.adapter is not None:
+            self._fetching.add(submit.adapter.digest)
 
     def give_up(self, request: Request) -> None:
         """The request has ended: its reference goes back, once."""

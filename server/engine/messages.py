@@ -29,7 +29,7 @@ class Sampling:
 @dataclass(frozen=True, slots=True)
 class Submit:
     """A request: `n` sequences of the same prompt. `salt` separates tenants in the prefix cache. `early` is set where
-    its adapter is being fetched before the engine has seen the request."""
+    its adapter is being fetched before the engine has seen the request. `batch`: it yields to requests that are not."""
 
     id: str
     prompt: tuple[int, ...]
@@ -38,6 +38,7 @@ class Submit:
     n: int = 1
     salt: bytes = b""
     early: bool = False
+    batch: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,54 @@ class Cancel:
     """The client has gone; what was made so far is counted."""
 
     id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Gives the adapter a lane of its own; a `pinned` copy never goes for another's sake, and one that `keeps` others
+    takes nobody else's room. Answered by a `LaneChanged` of the same id when it is there, or cannot be."""
+
+    id: str
+    adapter: AdapterRef
+    pinned: bool
+    keeps: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Unmerge:
+    """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there. `asked`:
+    by somebody who wants it in the shared lane, not because the version is no longer current. Answered by a
+    `LaneChanged`."""
+
+    id: str
+    adapter: AdapterRef
+    asked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """The adapter of a copy has been fetched, and the copy would take `nbytes`; or `fault`. Sent by the builder."""
+
+    lane: str
+    weights: object | None
+    nbytes: int
+    fault: OnebaseError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A copy has been made, or `fault` says why not. Sent by the builder to the engine."""
+
+    lane: str
+    copy: object | None
+    fault: OnebaseError | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Ends the engine; requests that are still open end with `fault`."""
+
+    fault: OnebaseError
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +124,12 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Residency:
-    """What a request met: was its adapter on the device when it came, and how long did bringing it take?"""
+    """What a request met: was its adapter on the device when it came, how long did bringing it take, and does it run in
+    a merged lane?"""
 
     cold: bool = False
     load_ms: float = 0.0
+    merged: bool = False
 
 
 @dataclass(slots=True)
@@ -107,7 +158,25 @@ class Done:
     error: OnebaseError | None = None
 
 
-Event = Delta | Done
+@dataclass(frozen=True, slots=True)
+class LaneChanged:
+    """The answer to a `Merge` or `Unmerge`. `evicted` are adapters that lost their lanes to make room."""
+
+    id: str
+    evicted: tuple[AdapterRef, ...] = ()
+    error: OnebaseError | None = None
+
+
+Event = Delta | Done | LaneChanged
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFigures:
+    """An adapter's merged copy that takes requests. Nobody asked for an `automatic` one."""
+
+    nbytes: int
+    pinned: bool
+    automatic: bool
 
 
 @dataclass(slots=True)
@@ -115,7 +184,9 @@ class Stats:
     """A snapshot of the engine for /readyz and /metrics; counters only ever grow. `step_began` is when the step under
     way began, None between steps; `failed_steps` counts those that failed since the last that did not. `slot_bytes`
     are the adapters on the device. `prefetches` counts those that have ended by what came of them: "used", "unused" or
-    "failed".
+    "failed". `copies` are the merged copies that take requests, `merged_bytes` what all take, `merged_byte_seconds`
+    bytes times seconds of those that were asked for, by the adapter's name; `lane_changes` counts them by ("merge" or
+    "unmerge", why).
     """
 
     steps: int = 0
@@ -138,3 +209,7 @@ class Stats:
     slot_loads: int = 0
     prefetches: dict[str, int] = field(default_factory=dict)
     outcomes: dict[str, int] = field(default_factory=dict)
+    copies: dict[AdapterRef, CopyFigures] = field(default_factory=dict)
+    merged_bytes: int = 0
+    merged_byte_seconds: dict[str, float] = field(default_factory=dict)
+    lane_changes: dict[tuple[str, str], int] = field(default_factory=dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from server.engine import batch as batches
@@ -9,6 +11,8 @@ from server.engine import decoder
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
 from server.lora.layers import LoraStep, install
+from server.lora.merge import MergedCopy, merge, merged_bytes
+from server.lora.weights import AdapterWeights
 from server.model import attention
 from server.model.kv import KVPool
 from server.model.loader import Base
@@ -21,17 +25,28 @@ class Runner:
         self.base = base
         self.lora: LoraStep = install(base.model, base.info, base.kernels)
         self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device, base.kernels)
+        self._layers: decoder.Layers | None = None
         if base.kernels is not None:
-            decoder.install(base.model, base.kernels, self.pool, self.lora)
+            self._layers = decoder.install(base.model, base.kernels, self.pool, self.lora)
 
-    def run(self, work: list[Work]) -> list[tuple[Work, Choice]]:
-        """Computes `work` and returns a choice for each item that reached its sequence's last token."""
+    def merged_bytes(self, weights: AdapterWeights) -> int:
+        """What `merge` would add to the memory in use."""
+        return merged_bytes(self.lora.groups, weights)
+
+    def merge(self, weights: AdapterWeights) -> MergedCopy:
+        """A copy of the base with the adapter merged in, for `run`. Called on any thread, beside the steps."""
+        copy = merge(self.lora.groups, weights)
+        return copy if self._layers is None else replace(copy, layers=self._layers.described(copy))
+
+    def run(self, work: list[Work], copy: MergedCopy | None = None) -> list[tuple[Work, Choice]]:
+        """Computes `work`, which is of one lane: the shared one, or that of a merged copy. Returns a choice for each
+        item that reached its sequence's last token."""
         with torch.inference_mode():
-            batch = batches.build(work, self.pool, self.base.device)
+            batch = batches.build(work, self.pool, self.base.device, lora=copy is None)
             if batch.fresh is not None and self.base.kernels is None:
                 # Behind a mask a stale NaN would still show; kernels read nothing that is not the row's own.
                 self.pool.clear(batch.fresh)
-            logits = self._forward(batch)
+            logits = self._forward(batch, copy)
             if not batch.sampled:
                 return []
             rows = [
@@ -40,9 +55,9 @@ class Runner:
             ]
             return list(zip(batch.sampled, sample(logits, rows), strict=True))
 
-    def _forward(self, batch: batches.Batch) -> torch.Tensor:
+    def _forward(self, batch: batches.Batch, copy: MergedCopy | None) -> torch.Tensor:
         """Logits [sampled rows, vocabulary] in float32."""
-        self.lora.batch = batch.lora
+        self.lora.batch, self.lora.merged = batch.lora, copy
         try:
             with attention.step(batch.attention):
                 out = self.base.model(
@@ -52,5 +67,5 @@ class Runner:
                     logits_to_keep=batch.logits_at,
                 )
         finally:
-            self.lora.batch = None
+            self.lora.batch = self.lora.merged = None
         return out.logits[0].float()

@@ -1,8 +1,9 @@
 """Decides what each step computes. Plain Python, no torch.
 
-Decodes first, then prefills already begun, then newcomers in the order of arrival, up to the token budget. A
-sequence gets all the blocks it needs or none; when a decode finds none, the latest arrival gives its blocks back and
-is computed again later (recompute preemption; Kwon et al. 2023).
+A step is one lane's. Decodes first, then prefills already begun, then newcomers in the order of arrival, up to the
+token budget; batch work comes after all other. A sequence gets all the blocks it needs or none; when a decode finds
+none, the latest arrival gives its blocks back and is computed again later (recompute preemption; Kwon et al. 2023).
+Batch work gives way, first, whenever other work finds no room.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from server.engine.blocks import BlockPool
+from server.engine.lanes import SHARED, Urgency
 from server.engine.sequence import Sequence
 
 
@@ -28,6 +30,10 @@ class Work:
         return self.count == self.sequence.pending
 
 
+def _place(sequence: Sequence) -> tuple[bool, int]:
+    return sequence.place
+
+
 class Scheduler:
     """Queues and the block accounts; owned by the engine's thread."""
 
@@ -35,13 +41,14 @@ class Scheduler:
         self.pool, self.max_batch_tokens = pool, max_batch_tokens
         self.max_running = min(max_running, max_batch_tokens)  # every running row can decode in every step
         self.prefix_cache = prefix_cache
-        self.waiting: list[Sequence] = []  # by arrival
-        self.running: list[Sequence] = []  # by arrival
+        self.waiting: list[Sequence] = []  # by place
+        self.running: list[Sequence] = []  # by place
         self.preemptions = 0
+        self._short: Sequence | None = None  # the last one for which there were no blocks
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; one that was preempted comes before all that arrived later."""
-        insort(self.waiting, sequence, key=lambda s: s.order)
+        insort(self.waiting, sequence, key=_place)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and its blocks back."""
@@ -49,14 +56,33 @@ class Scheduler:
             if sequence in queue:
                 queue.remove(sequence)
         self._give_back(sequence)
+        if sequence is self._short:
+            self._short = None
 
-    def schedule(self) -> list[Work]:
-        """The work of one step, at most `max_batch_tokens` tokens; empty when nothing can be computed."""
-        work = self._decodes()
+    def lanes(self) -> dict[str, Urgency]:
+        """The lanes with work, and what the most urgent request of each waits for."""
+        found: dict[str, Urgency] = {}
+        for sequence in (*self.running, *(one for one in self.waiting if one.request.ready)):
+            lane, urgency = sequence.request.lane, Urgency.NEXT if sequence.produced else Urgency.FIRST
+            if sequence.request.submit.batch:
+                urgency = Urgency.BATCH
+            found[lane] = max(found.get(lane, urgency), urgency)
+        return found
+
+    def decoding(self, lane: str) -> int:
+        """How many rows of the lane get a token in its next step."""
+        return sum(one.pending == 1 and one.request.lane == lane for one in self.running)
+
+    def schedule(self, lane: str = SHARED, chunk: int | None = None) -> list[Work]:
+        """The work of one step of `lane`, at most `max_batch_tokens` tokens, of which at most `chunk` are prompts';
+        empty when nothing can be computed."""
+        self._make_way()
+        work = self._decodes(lane)
         budget = self.max_batch_tokens - len(work)
-        work += self._prefills(budget)
-        budget = self.max_batch_tokens - sum(item.count for item in work)
-        return work + self._admit(budget)
+        budget = budget if chunk is None else min(budget, chunk)
+        prefills = self._prefills(lane, budget)
+        budget -= sum(item.count for item in prefills)
+        return work + prefills + self._admit(lane, budget)
 
     def computed(self, work: list[Work]) -> None:
         """Books what a step has computed, and lets later prompts share blocks that are full now: those of the prompt.
@@ -74,12 +100,35 @@ class Scheduler:
                     self.pool.publish(sequence.blocks[number], hashes[number])
                 sequence.published = full
 
-    def _decodes(self) -> list[Work]:
+    def _make_way(self) -> None:
+        """Preempts batch work for the first request in the queue that is not, if that gives it room; until it has
+        taken the room, nobody behind it is handed any, whatever the lane."""
+        first = next((one for one in self.waiting if one.request.ready), None)
+        if first is None or first.request.submit.batch:
+            return
+        running, blocks = len(self.running), self.pool.available
+        victims: list[Sequence] = []
+        for one in reversed(self.running):
+            if not one.request.submit.batch or self._fits(first, running, blocks):
+                break
+            victims.append(one)
+            running -= 1
+            blocks += len(one.blocks)
+        if victims and self._fits(first, running, blocks):
+            for one in victims:
+                self._preempt(one)
+            self._short = first
+
+    def _fits(self, sequence: Sequence, running: int, blocks: int) -> bool:
+        """Whether there is room beside so many running sequences with so many blocks free, sharing none."""
+        return running < self.max_running and self.pool.needed(len(sequence.tokens)) + running <= blocks
+
+    def _decodes(self, lane: str) -> list[Work]:
         work: list[Work] = []
         for sequence in list(self.running):
             if len(work) >= self.max_batch_tokens:
                 break
-            if sequence.pending != 1 or sequence not in self.running:
+            if sequence.pending != 1 or sequence.request.lane != lane or sequence not in self.running:
                 continue
             fresh = self._extend(sequence)
             if fresh is not None:
@@ -99,27 +148,32 @@ class Scheduler:
         sequence.blocks += blocks
         return tuple(blocks)
 
-    def _prefills(self, budget: int) -> list[Work]:
+    def _prefills(self, lane: str, budget: int) -> list[Work]:
         work: list[Work] = []
         for sequence in self.running:
-            if budget > 0 and sequence.pending > 1:
+            if budget > 0 and sequence.pending > 1 and sequence.request.lane == lane:
                 count = min(sequence.pending, budget)
                 work.append(Work(sequence, count))
                 budget -= count
         return work
 
-    def _admit(self, budget: int) -> list[Work]:
+    def _admit(self, lane: str, budget: int) -> list[Work]:
         work: list[Work] = []
         for sequence in list(self.waiting):
             if budget <= 0 or len(self.running) >= self.max_running:
                 break
             if not sequence.request.ready:
                 continue  # its adapter is on the way: it blocks nobody
+            if sequence.request.lane != lane:
+                if sequence is self._short:
+                    break
+                continue
             fresh = self._place(sequence)
             if fresh is None:
-                break  # blocks are handed out in order, or a long prompt would starve
+                self._short = sequence
+                break  # blocks are handed out in order, whatever the lane, or a long prompt would starve
             self.waiting.remove(sequence)
-            insort(self.running, sequence, key=lambda s: s.order)
+            insort(self.running, sequence, key=_place)
             count = min(sequence.pending, budget)
             work.append(Work(sequence, count, fresh))
             budget -= count
@@ -140,6 +194,8 @@ class Scheduler:
         if fresh is None:
             self.pool.release(shared)
             return None
+        if sequence is self._short:
+            self._short = None
         sequence.blocks = shared + fresh
         sequence.computed = len(shared) * self.pool.block_size
         sequence.published = len(shared)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.engine.blocks import chain
+from server.engine.lanes import SHARED
 from server.engine.messages import Residency, Submit
 from server.engine.text import TextStream
 
@@ -31,6 +32,11 @@ class Sequence:
     finish_reason: str | None = None
 
     @property
+    def place(self) -> tuple[bool, int]:
+        """Where it stands in every queue: batch work last, each kind by arrival."""
+        return self.request.submit.batch, self.order
+
+    @property
     def prompt_length(self) -> int:
         return len(self.request.submit.prompt)
 
@@ -54,13 +60,14 @@ class Sequence:
 
 @dataclass(eq=False)
 class Request:
-    """A submitted request and what it holds: at most one reference to its adapter's slot."""
+    """A submitted request and what it holds: at most one reference, to its adapter's slot or to its merged copy."""
 
     submit: Submit
     seed: bytes
     arrived: float
     sequences: list[Sequence] = field(default_factory=list)
     weights: Any = None  # the adapter on the device, while a slot reference is held
+    held: Any = None  # the merged copy that it runs on (merging.Held)
     residency: Residency = field(default_factory=Residency)
 
     @property
@@ -70,4 +77,9 @@ class Request:
     @property
     def ready(self) -> bool:
         """Whether nothing but room in the batch is missing."""
-        return self.submit.adapter is None or self.weights is not None
+        return self.submit.adapter is None or self.weights is not None or self.held is not None
+
+    @property
+    def lane(self) -> str:
+        """Where its steps are: a merged copy's lane, or the shared one."""
+        return SHARED if self.held is None else self.held.lane

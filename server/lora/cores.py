@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,14 +26,29 @@ def take(cores: int) -> None:
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Inside, OpenMP gives this thread one core; no other thread notices, as it would with torch.set_num_threads."""
+    """Inside, OpenMP and MKL give this thread one core; no other thread notices, as it would with
+    torch.set_num_threads."""
     cores = torch.get_num_threads()  # bound now: torch would bind it later and undo what follows
-    openmp = ctypes.CDLL(None)  # torch has loaded it
-    if not hasattr(openmp, "omp_set_num_threads"):
-        yield
-        return
-    openmp.omp_set_num_threads(1)
+    openmp, mkl = _limits()
+    if openmp is not None:
+        openmp(1)
+    before = mkl(1) if mkl is not None else 0
     try:
         yield
     finally:
-        openmp.omp_set_num_threads(cores)
+        if mkl is not None:
+            mkl(before)
+        if openmp is not None:
+            openmp(cores)
+
+
+@functools.cache
+def _limits() -> tuple[Any, Any]:
+    """What sets the calling thread's number of threads in OpenMP, and in MKL, whose products go by one of their own;
+    None where torch has come without."""
+    torch_cpu = Path(torch.__file__).parent / "lib/libtorch_cpu.so"
+    mkl = ctypes.CDLL(str(torch_cpu)) if torch_cpu.exists() else None  # loaded already, its names are not public
+    return (
+        getattr(ctypes.CDLL(None), "omp_set_num_threads", None),
+        getattr(mkl, "MKL_Set_Num_Threads_Local", None),
+    )

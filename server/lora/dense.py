@@ -19,22 +19,39 @@ class Dense:
     `nn.Module`: looking one up and calling it costs more than a small product.
     """
 
-    def __init__(self, base: Any, kernels: Kernels | None):
-        weight = base.weight.detach()
-        weight = weight.t().contiguous() if isinstance(base, Conv1D) else weight
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, kernels: Kernels | None):
         self.out_features, self.in_features = weight.shape
-        bias = getattr(base, "bias", None)
-        self.bias = None if bias is None else bias.detach()
-        self.kernels = kernels
-        self.packed = kernels.pack(weight, self.bias) if kernels is not None else None
+        self.bias, self.kernels = bias, kernels
+        self.packed = kernels.pack(weight, bias) if kernels is not None else None
         self._products = Products([self.packed]) if self.packed is not None else None
-        self.weight = weight if self.packed is None else None
+        self._weight = weight if self.packed is None else None
+
+    @classmethod
+    def of(cls, base: Any, kernels: Kernels | None) -> Dense:
+        """The product of a linear or Conv1D of the model."""
+        weight, bias = base.weight.detach(), getattr(base, "bias", None)
+        weight = weight.t().contiguous() if isinstance(base, Conv1D) else weight
+        return cls(weight, None if bias is None else bias.detach(), kernels)
+
+    @property
+    def nbytes(self) -> int:
+        """What the weight takes."""
+        held = self._weight if self.packed is None else self.packed.data
+        assert held is not None
+        return held.numel() * held.element_size()
+
+    def weights(self) -> torch.Tensor:
+        """W [out, in]; a copy where it is kept in the kernels' layout."""
+        if self.packed is not None and self.kernels is not None:
+            return self.kernels.unpack(self.packed)
+        assert self._weight is not None
+        return self._weight
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if self._products is not None and self.kernels is not None:
             return self.kernels.linears(x, self._products)[0]
-        assert self.weight is not None
-        return linear(x, self.weight, self.bias)
+        assert self._weight is not None
+        return linear(x, self._weight, self.bias)
 
 
 class Head(nn.Module):
@@ -42,7 +59,7 @@ class Head(nn.Module):
 
     def __init__(self, base: Any, kernels: Kernels | None):
         super().__init__()
-        self._dense = Dense(base, kernels)
+        self._dense = Dense.of(base, kernels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self._dense(x)

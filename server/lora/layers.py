@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -39,30 +39,50 @@ class LoraBatch:
                 y[start:end].addmm_(x[start:end] @ pair.a.t(), pair.b)
 
 
+class Joint:
+    """Products of one input: `dense`, which have `numbers` in the tables of adapters."""
+
+    def __init__(self, dense: Sequence[Dense], numbers: Sequence[int]):
+        self.dense, self.numbers = dense, numbers
+        packed = [one.packed for one in dense if one.packed is not None]
+        self.products = Products(packed, numbers) if len(packed) == len(dense) else None
+
+
+class Merged(Protocol):
+    """A merged copy, as the linears ask for it (lora/merge.py)."""
+
+    @property
+    def groups(self) -> Mapping[tuple[str, ...], Joint]: ...
+
+    @property
+    def layers(self) -> Any: ...
+
+
 class LoraStep:
-    """The batch of the step in progress, shared by all layers of one model; None while no row has an adapter."""
+    """The batch of the step in progress, shared by all layers of one model; None while no row has an adapter. In a
+    merged lane's step there is `merged` instead. `groups` are all linears of the model."""
 
     def __init__(self) -> None:
         self.batch: LoraBatch | None = None
+        self.merged: Merged | None = None
+        self.groups: list[LoraLinears] = []
 
 
 class LoraLinears:
-    """The base's products of one input, plus each row's adapter."""
+    """The base's products of one input, plus each row's adapter; or a merged copy's products."""
 
-    def __init__(self, names: Sequence[str], numbers: Sequence[int], dense: Sequence[Dense], step: LoraStep):
-        self.dense, self.numbers, self._names = dense, numbers, names
-        self._step, self._kernels = step, dense[0].kernels
-        packed = [one.packed for one in dense if one.packed is not None]
-        self._products = Products(packed, numbers) if len(packed) == len(dense) else None
+    def __init__(self, names: tuple[str, ...], own: Joint, step: LoraStep):
+        self.names, self.own, self._step, self._kernels = names, own, step, own.dense[0].kernels
 
     def outputs(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """x [..., in] -> each linear's output [..., out]."""
-        batch = self._step.batch
-        if self._kernels is not None and self._products is not None:
-            return self._kernels.linears(x, self._products, batch.tables if batch is not None else None)
-        found = [one(x) for one in self.dense]
+        merged, batch = self._step.merged, self._step.batch
+        joint = self.own if merged is None else merged.groups.get(self.names, self.own)
+        if self._kernels is not None and joint.products is not None:
+            return self._kernels.linears(x, joint.products, batch.tables if batch is not None else None)
+        found = [one(x) for one in joint.dense]
         if batch is not None:
-            for name, y in zip(self._names, found, strict=True):
+            for name, y in zip(self.names, found, strict=True):
                 batch.add(name, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
         return found
 
@@ -71,8 +91,10 @@ def install(model: Any, info: BaseInfo, kernels: Kernels | None) -> LoraStep:
     """Replaces the linear layers of `model` by LoRA-aware ones, and the output head by a packed one."""
     step, numbers = LoraStep(), {name: number for number, name in enumerate(info.linears)}
     for names in grouped(info):
-        dense = [Dense(model.get_submodule(name), kernels) for name in names]
-        put(model, names, LoraLinears(names, [numbers[name] for name in names], dense, step))
+        dense = [Dense.of(model.get_submodule(name), kernels) for name in names]
+        group = LoraLinears(names, Joint(dense, [numbers[name] for name in names]), step)
+        step.groups.append(group)
+        put(model, names, group)
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         model.set_output_embeddings(Head(head, kernels))

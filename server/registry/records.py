@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from server.core import AdapterVersion
+from server.core import AdapterRef, AdapterVersion
+from server.errors import InvalidRequest
 
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Versions = list[AdapterVersion]
+Key = tuple[str, str]  # (tenant, name)
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """All about one name. `versions` are oldest first; `next` is the number that the next version gets."""
+    """All about one name. `versions` are oldest first; `next` is the number that the next version gets. `merged`: its
+    owner wants a lane of its own for it, and `pinned`, that it keeps it."""
 
     current: int
     next: int
     versions: tuple[AdapterVersion, ...]
+    merged: bool = False
+    pinned: bool = False
 
     def version(self, number: int) -> AdapterVersion | None:
         return next((version for version in self.versions if version.version == number), None)
@@ -25,6 +33,15 @@ class Record:
         return next(version for version in self.versions if version.version == self.current)
 
 
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """`created`: the name is new. `changed`: another version is current now than before."""
+
+    version: AdapterVersion
+    created: bool
+    changed: bool
+
+
 def parse_record(raw: dict[str, object]) -> Record:
     """A `Record` from its JSON. Raises KeyError, TypeError, ValueError or StopIteration when it is damaged."""
     versions = raw["versions"]
@@ -32,6 +49,30 @@ def parse_record(raw: dict[str, object]) -> Record:
     if not isinstance(versions, list) or not isinstance(current, int) or not isinstance(following, int):
         raise TypeError("damaged record")
     parsed = tuple(AdapterVersion(**{**version, "targets": tuple(version["targets"])}) for version in versions)
-    record = Record(current, following, parsed)
+    record = Record(current, following, parsed, raw.get("merged") is True, raw.get("pinned") is True)
     _ = record.now
     return record
+
+
+def key_of(tenant: str, name: str) -> Key:
+    """The name's key. Raises InvalidRequest for what cannot be a name."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest("an adapter name is 1 to 64 of a-z 0-9 . _ - and begins with a-z or 0-9", param="name")
+    if not _TENANT.fullmatch(tenant):
+        raise InvalidRequest("that is not the name of a tenant", param="tenant")
+    return tenant, name
+
+
+def ref_of(version: AdapterVersion) -> AdapterRef:
+    """What a request says of the version that it uses."""
+    return AdapterRef(version.name, version.version, version.digest)
+
+
+def digests_of(record: Record | None) -> list[str]:
+    """Of all its versions; none without a record."""
+    return [version.digest for version in record.versions] if record else []
+
+
+def digest_of(record: Record | None) -> str | None:
+    """Of the current version; None without a record."""
+    return record.now.digest if record else None

@@ -10,59 +10,44 @@ A deleted name is forgotten: put again, it starts at version 1.
 from __future__ import annotations
 
 import logging
-import re
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 import torch
 
-from server.core import DEFAULT_TENANT, MAX_CONFIG_BYTES, AdapterRef, AdapterVersion, BaseInfo
+from server.core import DEFAULT_TENANT, AdapterVersion, BaseInfo
 from server.errors import (
     AdapterNotFound,
     AdapterUnavailable,
     Conflict,
     InvalidAdapter,
-    InvalidRequest,
+    OnebaseError,
     StorageFailure,
 )
-from server.lora.weights import AdapterWeights, inspect_adapter, read_adapter
+from server.lora.weights import AdapterWeights, read_adapter
+from server.registry.drafts import Checks
 from server.registry.etags import check_preconditions
-from server.registry.records import Record, Versions, parse_record
-from server.registry.store import Staging, Store, storage_errors
+from server.registry.holds import Holds, Lease
+from server.registry.lanes import Lanes
+from server.registry.records import (
+    Key,
+    PutResult,
+    Record,
+    Versions,
+    digest_of,
+    digests_of,
+    key_of,
+    parse_record,
+    ref_of,
+)
+from server.registry.store import Staging, Store
 
 _log = logging.getLogger(__name__)
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _STRIPES = 64
-Key = tuple[str, str]  # (tenant, name)
-
-
-@dataclass(frozen=True, slots=True)
-class PutResult:
-    """`created`: the name is new. `changed`: another version is current now than before."""
-
-    version: AdapterVersion
-    created: bool
-    changed: bool
-
-
-class Lease:
-    """A hold on the exact bytes of `ref`: they stay on disk until `release`, whatever happens to the name."""
-
-    def __init__(self, registry: Registry, ref: AdapterRef):
-        self.ref = ref
-        self._registry = registry
-        self._once = threading.Lock()
-
-    def release(self) -> None:
-        """Give the hold back. Any number of calls from any threads give back exactly one."""
-        if self._once.acquire(blocking=False):
-            self._registry._unlease(self.ref.digest)
+Keys = list[Key]
 
 
 class Registry:
@@ -79,16 +64,15 @@ class Registry:
         max_versions: int = 32,
         max_adapters: int = 100_000,
     ):
-        self._store, self._base, self._max_rank, self._dtype = store, base, max_rank, dtype
+        self._store, self._base, self._checks = store, base, Checks(base, max_rank, dtype)
         self._max_versions, self._max_adapters = max(1, max_versions), max_adapters
         self._lock = threading.Lock()  # guards the dictionaries below; never held over more than a rename
         self._writers = [threading.Lock() for _ in range(_STRIPES)]  # one writer a name
         self._records: dict[Key, Record] = {}
         self._damaged: set[Key] = set()  # records on disk that could not be read at the start
-        self._named: Counter[str] = Counter()  # digest -> versions that name it
-        self._leases: Counter[str] = Counter()  # digest -> live leases
-        self._uploads: Counter[str] = Counter()  # digest -> uploads about to name it
+        self._holds = Holds(store.retire)
         self._sweeper = ThreadPoolExecutor(1, "onebase-sweep")
+        self.lanes: Lanes | None = None  # none before the engine runs
         self._load_names()
 
     def put(
@@ -106,31 +90,32 @@ class Registry:
         Raises `InvalidAdapter`, `PreconditionFailed`, `Conflict` (too many adapters), `InvalidRequest` (the name) or
         `StorageFailure`; the version before then still stands. The current bytes again change nothing.
         """
-        key = _key(tenant, name)
-        check_preconditions(_digest(self._records.get(key)), if_match, if_none_match)
-        draft = self._inspect(name, staging, allow_zero)
+        key = key_of(tenant, name)
+        check_preconditions(digest_of(self._records.get(key)), if_match, if_none_match)
+        draft = self._checks.draft(name, staging, allow_zero)
         with self._upload(draft.digest):
             self._store.publish(staging)
             with self._writer(key):
                 before = self._records.get(key)
-                check_preconditions(_digest(before), if_match, if_none_match)
+                check_preconditions(digest_of(before), if_match, if_none_match)
                 if before is not None and self._same(before.now, draft):
                     return PutResult(before.now, created=False, changed=False)
                 if before is None and len(self._records) >= self._max_adapters:
                     raise Conflict(f"there are {self._max_adapters} adapters already", code="too_many_adapters")
                 version = replace(draft, version=before.next if before else 1)
                 versions = (*(before.versions if before else ()), version)
-                self._switch(key, self._pruned(Record(version.version, version.version + 1, versions)))
+                wish = (before.merged, before.pinned) if before else (False, False)
+                self._take_over(key, self._pruned(Record(version.version, version.version + 1, versions, *wish)))
                 return PutResult(version, created=before is None, changed=True)
 
     def taken(self, name: str, tenant: str = DEFAULT_TENANT) -> bool:
         """Whether the name has a record, readable or not: putting it would replace something."""
-        key = _key(tenant, name)
+        key = key_of(tenant, name)
         return key in self._records or key in self._damaged
 
     def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterVersion:
         """The current version. Raises `AdapterNotFound`."""
-        return self._record(_key(tenant, name)).now
+        return self._record(key_of(tenant, name)).now
 
     def list(
         self, *, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
@@ -144,55 +129,94 @@ class Registry:
 
     def versions(self, name: str, tenant: str = DEFAULT_TENANT) -> Versions:
         """The history, oldest first. The current one is that of `get`. Raises `AdapterNotFound`."""
-        return [*self._record(_key(tenant, name)).versions]
+        return [*self._record(key_of(tenant, name)).versions]
 
     def rollback(
         self, name: str, version: int, *, if_match: str | None = None, tenant: str = DEFAULT_TENANT
     ) -> AdapterVersion:
         """Make an older version current again, under its own number. Raises `AdapterNotFound` without such a one."""
-        key = _key(tenant, name)
+        key = key_of(tenant, name)
         with self._writer(key):
             before = self._record(key)
-            check_preconditions(_digest(before), if_match, None)
+            check_preconditions(digest_of(before), if_match, None)
             wanted = before.version(version)
             if wanted is None:
                 raise AdapterNotFound(f"the adapter {name} has no version {version}", param="version")
             if version != before.current:
-                self._switch(key, replace(before, current=version))
+                self._take_over(key, replace(before, current=version))
             return wanted
+
+    def set_lane(
+        self, name: str, *, merged: bool | None, pinned: bool | None, tenant: str = DEFAULT_TENANT
+    ) -> AdapterVersion:
+        """Move a name to a lane of its own or back, and remember it; None leaves as it is. Returns when that is done.
+
+        Raises `AdapterNotFound`, `Conflict` (no room for another copy), `StorageFailure`.
+        """
+        key, lanes = key_of(tenant, name), self.lanes
+        assert lanes is not None
+        with self._writer(key):
+            record = self._record(key)
+            ref = ref_of(record.now)
+            inside = lanes.inside(ref)
+            asked = merged is not None
+            merged = inside is not None if merged is None else merged
+            pinned = bool(inside) and merged if pinned is None else pinned
+            if pinned and not merged:
+                raise Conflict("only the copy of an adapter with a lane of its own can be pinned", param="pinned")
+            if merged:
+                self._known_base(record.now)
+                lanes.enter(ref, pinned)
+            if asked or merged:  # else there is nothing to pin, and the lane is as it was
+                self._remember(key, replace(record, merged=merged, pinned=pinned), entered=merged and inside is None)
+            if asked and not merged:
+                self._leave(record.now, asked=True)
+            return record.now
+
+    def wishes(self) -> Keys:
+        """The names that are to have lanes of their own, the pinned ones first."""
+        with self._lock:
+            found = [(key, record) for key, record in self._records.items() if record.merged]
+        return [key for key, record in sorted(found, key=lambda item: (not item[1].pinned, item[0]))]
+
+    def enter_again(self, name: str, tenant: str = DEFAULT_TENANT) -> None:
+        """Gives a name the lane that its record wants, if it still does, and nobody else's. Raises as `set_lane`."""
+        key, lanes = key_of(tenant, name), self.lanes
+        assert lanes is not None
+        with self._writer(key):
+            record = self._record(key)
+            if record.merged and lanes.inside(ref_of(record.now)) is None:
+                self._known_base(record.now)
+                lanes.enter(ref_of(record.now), record.pinned, keeps=True)
 
     def delete(self, name: str, *, if_match: str | None = None, tenant: str = DEFAULT_TENANT) -> None:
         """Forget a name and its history; bytes with leases stay until these are given back."""
-        key = _key(tenant, name)
+        key = key_of(tenant, name)
         with self._writer(key):
-            check_preconditions(self._record(key).now.digest, if_match, None)
+            record = self._record(key)
+            check_preconditions(record.now.digest, if_match, None)
             self._switch(key, None)
+            self._leave(record.now)
 
     def acquire(self, name: str, tenant: str = DEFAULT_TENANT) -> Lease:
         """A lease on the current version. Raises `AdapterNotFound`, or `InvalidAdapter` (`base_mismatch`) when it was
         checked against another base than the one that is served now: shapes may fit where weights do not.
         """
-        key = _key(tenant, name)
+        key = key_of(tenant, name)
         with self._lock:
             now = self._record(key).now
-            if now.base_digest != self._base.digest:
-                raise InvalidAdapter(
-                    f"the adapter {name} was uploaded for another base model ({now.base}) than the one served now "
-                    f"({self._base.name}); upload it again if it fits",
-                    param="adapter",
-                    code="base_mismatch",
-                )
-            self._leases[now.digest] += 1
-        return Lease(self, AdapterRef(now.name, now.version, now.digest))
+            self._known_base(now)
+            self._holds.leases[now.digest] += 1
+        return Lease(ref_of(now), self._unlease)
 
     def load(self, digest: str) -> AdapterWeights:
         """Disk to tensors, hashed again. Raises `AdapterUnavailable`."""
-        return read_adapter(digest, *self._store.read(digest), self._base, self._dtype)
+        return read_adapter(digest, *self._store.read(digest), self._base, self._checks.dtype)
 
     def leases(self) -> dict[str, int]:
         """Live leases by digest."""
         with self._lock:
-            return dict(self._leases)
+            return dict(self._holds.leases)
 
     def __len__(self) -> int:
         """Adapters of all tenants."""
@@ -204,36 +228,6 @@ class Registry:
         if record is None:
             raise AdapterNotFound(f"there is no adapter {key[1]}", param="adapter")
         return record
-
-    def _inspect(self, name: str, staging: Staging, allow_zero: bool) -> AdapterVersion:
-        """The upload as a version without a number. Holds no lock: this is the slow part."""
-        with storage_errors("read the upload back"):
-            config_size, weights_size = staging.config_path.stat().st_size, staging.weights_path.stat().st_size
-            if config_size > MAX_CONFIG_BYTES:
-                raise InvalidAdapter(f"adapter_config.json is larger than {MAX_CONFIG_BYTES} bytes", param="config")
-            config = staging.config_path.read_bytes()
-        summary = inspect_adapter(
-            config,
-            staging.weights_path,
-            self._base,
-            max_rank=self._max_rank,
-            dtype=self._dtype,
-            allow_zero=allow_zero,
-        )
-        return AdapterVersion(
-            name=name,
-            version=0,
-            digest=staging.digest(),
-            rank=summary.rank,
-            alpha=summary.alpha,
-            targets=summary.targets,
-            parameters=summary.parameters,
-            bytes=config_size + weights_size,
-            kind=summary.kind,
-            base=self._base.name,
-            base_digest=self._base.digest,
-            created=time.time(),
-        )
 
     @staticmethod
     def _same(current: AdapterVersion, draft: AdapterVersion) -> bool:
@@ -253,12 +247,45 @@ class Registry:
             before = self._records.pop(key, None)
             if after is not None:
                 self._records[key] = after
-                self._named.update(version.digest for version in after.versions)
-            gone = [version.digest for version in before.versions] if before else []
-            self._named.subtract(gone)
-            for digest in set(gone):
-                self._collect(digest)
+            self._holds.rename(digests_of(before), digests_of(after))
         self._store.sweep()
+
+    def _take_over(self, key: Key, after: Record) -> None:
+        """`_switch` to another version: one with a lane of its own is ready in its own before it is current."""
+        before, lanes = self._records.get(key), self.lanes
+        pinned = lanes.inside(ref_of(before.now)) if lanes is not None and before is not None else None
+        if lanes is not None and pinned is not None:
+            self._known_base(after.now)
+            lanes.enter(ref_of(after.now), pinned)
+        self._remember(key, after, entered=pinned is not None)
+        if before is not None:
+            self._leave(before.now)
+
+    def _remember(self, key: Key, after: Record, *, entered: bool) -> None:
+        """`_switch`; a lane that was `entered` for it is left again if that fails."""
+        try:
+            self._switch(key, after)
+        except StorageFailure:
+            if entered:
+                self._leave(after.now)
+            raise
+
+    def _leave(self, version: AdapterVersion, *, asked: bool = False) -> None:
+        """The change is made already: if the engine has ended, nobody is in any lane."""
+        try:
+            if self.lanes is not None:
+                self.lanes.leave(ref_of(version), asked=asked)
+        except OnebaseError as fault:
+            _log.info("%s: %s", version.name, fault.message)
+
+    def _known_base(self, version: AdapterVersion) -> None:
+        if version.base_digest != self._base.digest:
+            raise InvalidAdapter(
+                f"the adapter {version.name} was uploaded for another base model ({version.base}) than the one served "
+                f"now ({self._base.name}); upload it again if it fits",
+                param="adapter",
+                code="base_mismatch",
+            )
 
     def _writer(self, key: Key) -> threading.Lock:
         return self._writers[hash(key) % _STRIPES]
@@ -267,36 +294,20 @@ class Registry:
     def _upload(self, digest: str) -> Iterator[None]:
         """Keep an object that no version names yet; afterwards it goes if none does."""
         with self._lock:
-            self._uploads[digest] += 1
+            self._holds.uploads[digest] += 1
         try:
             yield
         finally:
-            self._unhold(digest, self._uploads)
+            with self._lock:
+                self._holds.release(digest, self._holds.uploads)
             self._store.sweep()
 
     def _unlease(self, digest: str) -> None:
         """Called on the event loop: freeing the space of a large adapter takes too long for it."""
-        self._unhold(digest, self._leases)
+        with self._lock:
+            self._holds.release(digest, self._holds.leases)
         if self._store.unswept:
             self._sweeper.submit(self._store.sweep)
-
-    def _unhold(self, digest: str, holds: Counter[str]) -> None:
-        with self._lock:
-            holds[digest] -= 1
-            if not holds[digest]:
-                del holds[digest]
-            self._collect(digest)
-
-    def _collect(self, digest: str) -> None:
-        """Remove the object if nothing holds it. Under the lock: no upload may find it and then lose it."""
-        if self._named[digest] > 0 or self._leases[digest] > 0 or self._uploads[digest] > 0:
-            return
-        for holds in (self._named, self._leases, self._uploads):
-            holds.pop(digest, None)
-        try:
-            self._store.retire(digest)
-        except StorageFailure as exc:
-            _log.warning("an unused adapter object stays until the next start: %s", exc.message)
 
     def _load_names(self) -> None:
         for key in self._store.names():
@@ -307,22 +318,10 @@ class Registry:
                 _log.error("the record of adapter %s of tenant %s is damaged; it is left out", key[1], key[0])
                 continue
             self._records[key] = record
-            self._named.update(version.digest for version in record.versions)
-        for digest in [digest for digest in self._named if not self._store.exists(digest)]:
+            self._holds.named.update(digests_of(record))
+        for digest in [digest for digest in self._holds.named if not self._store.exists(digest)]:
             _log.warning("the stored adapter %s is missing", digest)
         # A damaged record may have named any object, so none is collected until somebody has looked at it.
         for digest in [] if self._damaged else self._store.digests():
-            self._collect(digest)
+            self._holds.collect(digest)
         self._store.sweep()
-
-
-def _digest(record: Record | None) -> str | None:
-    return record.now.digest if record else None
-
-
-def _key(tenant: str, name: str) -> Key:
-    if not _NAME.fullmatch(name):
-        raise InvalidRequest("an adapter name is 1 to 64 of a-z 0-9 . _ - and begins with a-z or 0-9", param="name")
-    if not _TENANT.fullmatch(tenant):
-        raise InvalidRequest("that is not the name of a tenant", param="tenant")
-    return tenant, name

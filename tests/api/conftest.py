@@ -80,8 +80,8 @@ def script(server, monkeypatch) -> Callable[[str | list[int]], None]:
     def answer(text: str | list[int]) -> None:
         ids = ids_of(text) if isinstance(text, str) else text
 
-        def scripted(work):
-            choices = run(work)
+        def scripted(work, copy):
+            choices = run(work, copy)
             return [(item, replace(choice, token=ids[item.sequence.produced % len(ids)])) for item, choice in choices]
 
         monkeypatch.setattr(server.runner, "run", scripted)

@@ -41,7 +41,7 @@ def test_not_ready_while_a_step_hangs(server, monkeypatch):
 
 
 def test_not_ready_when_every_step_fails_and_ready_again_after_one_that_does_not(server, monkeypatch):
-    def broken(work):
+    def broken(work, copy):
         raise RuntimeError("the device is gone")
 
     for failed in range(3):

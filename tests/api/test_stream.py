@@ -123,10 +123,10 @@ def failing_at(server, monkeypatch, step):
     """The engine's step number `step` from now fails, and no other."""
     run, count = server.runner.run, iter(range(1, 10_000))
 
-    def failing(work):
+    def failing(work, copy):
         if next(count) == step:
             raise RuntimeError("CUDA error: a secret of /this/machine")
-        return run(work)
+        return run(work, copy)
 
     monkeypatch.setattr(server.runner, "run", failing)
 

@@ -27,7 +27,7 @@ class Reader:
         self._takes, self._asked = takes, False
         self._body = json.dumps({"prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, **body}).encode()
         self._client, self.held_after = server.state.client, -1
-        self._loop, self._on, self._gone = self._client._loop, asyncio.Event(), asyncio.Event()
+        self._loop, self._on, self._gone = self._client.loop, asyncio.Event(), asyncio.Event()
         scope = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
         scope |= {"method": "POST", "path": "/v1/generate", "query_string": b""}
         scope |= {"headers": [(b"content-type", b"application/json")]}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from server.app import build
 from server.engine.messages import Delta, Done, Event, Sampling, Submit
-from server.registry.registry import Lease
+from server.registry.holds import Lease
 from server.settings import Settings
 from tests.families import ATTENTION, save_adapter, save_model
 from tests.harness import fresh_base

@@ -186,7 +186,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
     copies = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         group = getattr(module.shared, "group", None) if isinstance(module, GroupMember) else None
-        dense = group.dense[module.number] if group else getattr(module, "_dense", None)
+        dense = group.own.dense[module.number] if group else getattr(module, "_dense", None)
         if dense is not None:
             copies[name] = (dense.packed.data if dense.packed is not None else dense.weight).clone()
     return copies

@@ -19,7 +19,7 @@ from server.model.loader import Base, load_base
 from tests.device import Recorder, device_runner
 from tests.exactness import assert_same
 from tests.families import FAMILIES, VOCABULARY, Oracle, prompts_of, save_adapter, save_model
-from tests.harness import running
+from tests.harness import Lanes, running
 from tests.kernelcases import DEVICE
 
 
@@ -52,6 +52,31 @@ def test_families_with_mixed_adapters(family: str, tmp_path: Path) -> None:
     ]
     with running(base_at(folder), max_batch_tokens=24, runner=device_runner()) as harness:
         check(Oracle(folder), harness, requests)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+def test_a_merged_copy_beside_the_others(family: str, tmp_path: Path) -> None:
+    """One adapter merged, one shared, and the base, with graphs where they can be used; then the copy is given up."""
+    folder, adapters = made(family, tmp_path, (2, 8))
+    requests = [
+        {"prompt": prompt, "adapter": adapter, "max_tokens": 4}
+        for prompt in prompts_of((3, 30), VOCABULARY, seed=6)
+        for adapter in (*adapters, None)
+    ]
+    with running(base_at(folder), max_batch_tokens=24, runner=device_runner(Recorder())) as harness:
+        before = [group.weight.clone() for group in harness.runner._adapters.groups]
+        lanes = Lanes(harness)
+        lanes.merge(adapters[0])
+        answers = harness.run(*requests)
+        for request, answer in zip(requests, answers, strict=True):
+            assert_same(Oracle(folder), request["prompt"], request["adapter"], answer)
+            assert answer.done is not None
+            assert answer.done.residency.merged == (request["adapter"] == adapters[0])
+        lanes.unmerge(adapters[0])
+        assert harness.engine._merged.nbytes == 0
+        check(Oracle(folder), harness, requests[:3])
+        for group, weight in zip(harness.runner._adapters.groups, before, strict=True):
+            assert torch.equal(group.weight, weight)
 
 
 def test_graphs_give_the_same_and_are_used(tmp_path: Path) -> None:

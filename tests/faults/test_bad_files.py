@@ -206,7 +206,7 @@ def test_any_flipped_byte_of_the_header_is_refused_or_harmless(registry):
             staging.config_path.write_text(json.dumps(config()))
             staging.weights_path.write_bytes(weights)
             try:
-                registry._inspect("a", staging, False)
+                registry._checks.draft("a", staging, False)
             except InvalidAdapter as exc:
                 reasons.append(exc.param)
     assert reasons

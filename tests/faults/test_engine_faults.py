@@ -15,6 +15,7 @@ import pytest
 from server.engine import loading
 from server.engine.scheduler import Work
 from server.errors import AdapterUnavailable, OnebaseError
+from server.lora.merge import MergedCopy
 from server.lora.weights import AdapterWeights
 from tests.exactness import assert_same
 from tests.families import ATTENTION, MLP, VOCABULARY, Oracle, prompts_of, save_adapter, save_model
@@ -74,9 +75,9 @@ class Trap(Harness):
         super().__init__(*args, **options)
         real = self.runner.run
 
-        def run(work: list[Work]) -> Any:
+        def run(work: list[Work], copy: MergedCopy | None) -> Any:
             self.before_step(work)
-            return real(work)
+            return real(work, copy)
 
         self.runner.run = run  # type: ignore[method-assign]
 
@@ -264,12 +265,12 @@ def test_a_failed_step_costs_the_rows_in_it_and_nobody_else(
         harness.make_resident(*adapters[:2])
         gate, real, failed = harness.hold(adapters[2]), harness.runner.run, []
 
-        def run(work: list[Work]) -> Any:
-            done = real(work) if late else None
+        def run(work: list[Work], copy: MergedCopy | None) -> Any:
+            done = real(work, copy) if late else None
             if len(work) == 3 and all(item.sequence.produced > 2 for item in work) and not failed:
                 failed.append([item.sequence.request.submit.id for item in work])
                 raise RuntimeError("the device gave up")
-            return done if late else real(work)
+            return done if late else real(work, copy)
 
         harness.runner.run = run  # type: ignore[method-assign]
         doomed = [harness.submit(PROMPTS[at], [None, *adapters][at], max_tokens=200) for at in range(3)]
@@ -508,7 +509,7 @@ def test_steps_that_fail_are_counted_until_one_does_not(folder: Path) -> None:
     with trap(folder) as harness:
         run = harness.runner.run
 
-        def failing(work: Any) -> Any:
+        def failing(work: Any, copy: Any) -> Any:
             assert harness.engine.stats.step_began is not None
             raise RuntimeError("the device is gone")
 

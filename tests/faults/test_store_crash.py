@@ -10,7 +10,7 @@ import torch
 
 from server.errors import StorageFailure
 from server.lora.weights import AdapterSummary
-from server.registry import registry as registry_module
+from server.registry import drafts
 from server.registry.registry import Registry
 from server.registry.store import Store
 from tests.adapters import stage_adapter, tiny_base
@@ -96,7 +96,7 @@ def killed(act, registry, number, monkeypatch):
     child = os.fork()
     if child == 0:
         # Tensor work is not safe in a forked child, and is not what is tested here.
-        monkeypatch.setattr(registry_module, "inspect_adapter", lambda *args, **kwargs: SUMMARY)
+        monkeypatch.setattr(drafts, "inspect_adapter", lambda *args, **kwargs: SUMMARY)
         at_write(monkeypatch, number, lambda: os.kill(os.getpid(), signal.SIGKILL))
         try:
             act(registry)
@@ -146,7 +146,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path, change, code):
                 failed = True
                 messages.append(exc.message)
         assert state(registry) == (before if failed else after)
-        assert registry._uploads == {}
+        assert registry._holds.uploads == {}
         for _, digest in state(registry):
             registry.load(digest)
         check_whole(root, [before] if failed else [after])

@@ -45,7 +45,7 @@ def test_logits_stay(models: Path, dtype: str, block_size: int) -> None:
     lora = install(base.model, base.info, kernels)
     pool = KVPool(base.kv_shapes, 8, block_size, base.dtype, base.device, kernels)
     before = decoder._logits(base.model, pool)
-    assert decoder.install(base.model, kernels, pool, lora) == 3
+    assert decoder.install(base.model, kernels, pool, lora) is not None
     for _ in range(2):
         assert fused.close(decoder._logits(base.model, pool), before, base.dtype)
     assert sum(kernels.spent) > 0
@@ -58,7 +58,7 @@ def test_one_foreign_part_and_no_layer_is_taken(models: Path) -> None:
     lora = install(base.model, base.info, base.kernels)
     pool = KVPool(base.kv_shapes, 8, 16, base.dtype, base.device, base.kernels)
     base.model.model.layers[1].post_attention_layernorm = torch.nn.Identity()
-    assert decoder.install(base.model, base.kernels, pool, lora) == 0
+    assert decoder.install(base.model, base.kernels, pool, lora) is None
     assert not calls(base)
 
 
@@ -71,7 +71,7 @@ def test_other_logits_and_no_layer_is_taken(models: Path, monkeypatch: pytest.Mo
     norm: Any = base.model.model.layers[0].input_layernorm
     forward = norm.forward
     monkeypatch.setattr(norm, "forward", lambda x: forward(x) * 2)
-    assert decoder.install(base.model, base.kernels, pool, lora) == 0
+    assert decoder.install(base.model, base.kernels, pool, lora) is None
     assert not calls(base)
 
 

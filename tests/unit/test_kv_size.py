@@ -41,12 +41,13 @@ def test_every_slot_has_room(max_rank: int, counted: int) -> None:
     assert app.adapter_room(settings, a_base("cuda")) == 32 * counted * 6000 * 2
 
 
-def test_the_gpus_kv_cache_leaves_the_adapters_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpus_kv_cache_leaves_adapters_and_merged_copies_their_room(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu(monkeypatch, free=100 * MIB)
-    settings = Settings(adapter_slots=10)
-    room = 10 * 16 * 6000 * 2
+    settings = Settings(adapter_slots=10, merged_bytes=20 * MIB)
+    room = 10 * 16 * 6000 * 2 + 20 * MIB
     assert app.kv_tokens(settings, a_base("cuda")) == int((100 * MIB - room) * 0.85) // 1000
-    assert app.kv_tokens(Settings(adapter_slots=20), a_base("cuda")) < app.kv_tokens(settings, a_base("cuda"))
+    more = Settings(adapter_slots=20, merged_bytes=20 * MIB)
+    assert app.kv_tokens(more, a_base("cuda")) < app.kv_tokens(settings, a_base("cuda"))
 
 
 def test_the_bounds_hold_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

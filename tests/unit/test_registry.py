@@ -62,7 +62,7 @@ def test_a_refused_upload_changes_nothing(make):
         put(registry, "a", 2, rank=17)
     assert registry.get("a") == before
     assert registry._store.digests() == [before.digest]
-    assert registry._uploads == {}
+    assert registry._holds.uploads == {}
 
 
 def test_rollback_keeps_the_number_and_the_next_put_gets_a_new_one(make):
@@ -301,6 +301,6 @@ def test_threads_leave_counts_at_zero_and_every_lease_readable(make):
         for v in registry.versions(name)
     }
     assert registry.leases() == {}
-    assert registry._uploads == {}
+    assert registry._holds.uploads == {}
     assert set(registry._store.digests()) == named
-    assert {digest for digest, count in registry._named.items() if count} == named
+    assert {digest for digest, count in registry._holds.named.items() if count} == named

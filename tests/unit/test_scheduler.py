@@ -8,15 +8,23 @@ from dataclasses import dataclass, field
 import pytest
 
 from server.engine.blocks import BlockPool, chain
+from server.engine.lanes import SHARED, Urgency
 from server.engine.scheduler import Scheduler, Work
 
 SIZE = 4
 
 
 @dataclass
+class FakeSubmit:
+    batch: bool = False
+
+
+@dataclass
 class FakeRequest:
     ready: bool = True
     seed: bytes = b"seed"
+    lane: str = SHARED
+    submit: FakeSubmit = field(default_factory=FakeSubmit)
 
 
 @dataclass(eq=False)
@@ -34,6 +42,14 @@ class FakeSequence:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
+
+    @property
+    def place(self) -> tuple[bool, int]:
+        return self.request.submit.batch, self.order
+
+    @property
+    def produced(self) -> int:
+        return len(self.tokens) - self.prompt_length
 
     @property
     def pending(self) -> int:
@@ -266,3 +282,138 @@ def test_everything_ends_however_small_the_pool(seed: int) -> None:
     assert scheduler.pool.used == 0
     for row in rows:
         assert row.order in cancelled or len(row.tokens) == row.end
+
+
+def orders(work: list[Work]) -> list[int]:
+    return [item.sequence.order for item in work]
+
+
+def laned(order: int, length: int, lane: str, *, batch: bool = False) -> FakeSequence:
+    made = sequence(order, length)
+    made.request.lane, made.request.submit.batch = lane, batch
+    return made
+
+
+def play(scheduler: Scheduler, work: list[Work]) -> None:
+    scheduler.computed(work)
+    for item in work:
+        if item.sequence.pending == 0:
+            item.sequence.tokens.append(7)
+
+
+def test_a_step_is_one_lanes() -> None:
+    scheduler = scheduler_of()
+    for order, lane in enumerate([SHARED, "a#1", SHARED, "b#2", "a#1"]):
+        scheduler.add(laned(order, 3, lane))
+    assert scheduler.lanes() == dict.fromkeys((SHARED, "a#1", "b#2"), Urgency.FIRST)
+    work = scheduler.schedule("a#1")
+    assert orders(work) == [1, 4]
+    play(scheduler, work)
+    assert scheduler.lanes()["a#1"] == Urgency.NEXT
+    scheduler.add(laned(9, 3, "b#2", batch=True))
+    scheduler.add(laned(10, 3, "c#3", batch=True))
+    assert scheduler.lanes()["b#2"] == Urgency.FIRST
+    assert scheduler.lanes()["c#3"] == Urgency.BATCH
+    assert scheduler.decoding("a#1") == 2
+    assert scheduler.decoding(SHARED) == 0
+    assert orders(scheduler.schedule()) == [0, 2]
+    assert orders(scheduler.schedule("d#4")) == []
+
+
+def test_prompts_are_cut_to_the_chunk_and_decodes_are_not() -> None:
+    scheduler = scheduler_of(tokens=64)
+    for order in range(3):
+        scheduler.add(sequence(order, 2))
+    play(scheduler, scheduler.schedule())
+    scheduler.add(sequence(9, 40))
+    work = scheduler.schedule(SHARED, 4)
+    assert [(item.sequence.order, item.count) for item in work] == [(0, 1), (1, 1), (2, 1), (9, 4)]
+
+
+def test_blocks_are_handed_out_in_order_whatever_the_lane() -> None:
+    """A long prompt of one lane that waits for blocks is not overtaken for ever by short ones of another."""
+    scheduler = scheduler_of(blocks=10)
+    first = laned(0, 24, SHARED)
+    scheduler.add(first)
+    play(scheduler, scheduler.schedule())
+    scheduler.add(laned(1, 30, SHARED))
+    scheduler.add(laned(2, 3, "a#1"))
+    assert orders(scheduler.schedule()) == [0], "there are no blocks for the second"
+    assert orders(scheduler.schedule("a#1")) == [], "and so none for the third"
+    scheduler.remove(first)
+    play(scheduler, scheduler.schedule())
+    assert orders(scheduler.schedule("a#1")) == [2]
+
+
+def test_one_that_waited_for_blocks_and_left_holds_nobody_up() -> None:
+    scheduler = scheduler_of(blocks=10)
+    scheduler.add(laned(0, 24, SHARED))
+    play(scheduler, scheduler.schedule())
+    gone = laned(1, 30, SHARED)
+    scheduler.add(gone)
+    scheduler.schedule()
+    scheduler.add(laned(2, 3, "a#1"))
+    scheduler.remove(gone)
+    assert orders(scheduler.schedule("a#1")) == [2]
+
+
+def test_batch_work_comes_last() -> None:
+    scheduler = scheduler_of(tokens=8)
+    scheduler.add(laned(0, 6, SHARED, batch=True))
+    scheduler.add(laned(1, 6, SHARED))
+    work = scheduler.schedule()
+    assert [(item.sequence.order, item.count) for item in work] == [(1, 6), (0, 2)]
+
+
+def test_batch_work_gives_its_place_up_to_other_work() -> None:
+    scheduler = scheduler_of(running=2)
+    for order in range(2):
+        scheduler.add(laned(order, 4, SHARED, batch=True))
+    play(scheduler, scheduler.schedule())
+    scheduler.add(laned(2, 4, SHARED, batch=True))
+    assert orders(scheduler.schedule()) == [0, 1], "its like does not make way"
+    scheduler.add(laned(3, 4, SHARED))
+    assert orders(scheduler.schedule()) == [0, 3], "the latest batch row makes way"
+    assert scheduler.preemptions == 1
+    assert [one.order for one in scheduler.waiting] == [1, 2]
+
+
+def test_batch_work_gives_its_blocks_up_to_other_work() -> None:
+    scheduler = scheduler_of(blocks=12)
+    for order in range(2):
+        scheduler.add(laned(order, 16, SHARED, batch=True))
+    play(scheduler, scheduler.schedule())
+    scheduler.add(laned(2, 20, SHARED))
+    assert orders(scheduler.schedule()) == [0, 2]
+    assert scheduler.preemptions == 1
+
+
+def test_a_decode_without_blocks_takes_them_from_batch_work_first() -> None:
+    scheduler = scheduler_of(blocks=4)
+    scheduler.add(laned(0, 8, SHARED, batch=True))
+    scheduler.add(laned(1, 8, SHARED))
+    assert orders(scheduler.schedule()) == [1]
+
+
+def test_room_that_batch_work_gave_up_is_not_handed_back_by_its_own_lane() -> None:
+    """Else it would be preempted and computed anew in every round, while the first in the queue waits for its turn."""
+    scheduler = scheduler_of(blocks=40, running=2, tokens=8)
+    scheduler.add(sequence(0, 60))
+    assert orders(scheduler.schedule()) == [0]
+    scheduler.add(laned(1, 4, "a#1", batch=True))
+    assert orders(scheduler.schedule("a#1")) == [1]
+    scheduler.add(sequence(2, 4))
+    for _ in range(5):
+        assert orders(scheduler.schedule("a#1")) == []
+        play(scheduler, scheduler.schedule(SHARED, 8))
+    assert scheduler.preemptions == 1
+
+
+def test_batch_work_is_not_preempted_for_what_would_not_fit_all_the_same() -> None:
+    scheduler = scheduler_of(blocks=8, running=4)
+    scheduler.add(sequence(0, 5 * SIZE))
+    scheduler.add(laned(1, SIZE, SHARED, batch=True))
+    play(scheduler, scheduler.schedule())
+    scheduler.add(sequence(2, 6 * SIZE))
+    scheduler.schedule()
+    assert scheduler.preemptions == 0

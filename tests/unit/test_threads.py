@@ -35,7 +35,7 @@ def test_the_engine_computes_on_its_cores_and_others_keep_theirs(models: Path) -
     harness = Harness(fresh_base(save_model("llama", models / "threads-llama")))
     seen: list[dict[str, int]] = []
     run = harness.runner.run
-    harness.runner.run = lambda work: (seen.append(reported()), run(work))[1]  # type: ignore[method-assign]
+    harness.runner.run = lambda *step: (seen.append(reported()), run(*step))[1]  # type: ignore[method-assign]
     cores.take(1)
     harness.engine.start()
     try:
@@ -81,3 +81,24 @@ with TestClient(create_app(settings)) as client:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "2"
+
+
+def test_large_products_on_one_core_leave_no_pool_behind() -> None:
+    """MKL counts its threads by itself: a product on another thread would make a pool of its own, which slows all."""
+    code = """
+import os, threading, torch
+from server.lora import cores
+native = lambda: len(os.listdir("/proc/self/task")) - threading.active_count()
+def product():
+    with cores.one_core():
+        torch.randn(600, 64) @ torch.randn(64, 1500)
+    print(native() - before)  # while the thread lives, and its pool with it
+cores.take(3)
+before = native()
+thread = threading.Thread(target=product)
+thread.start()
+thread.join()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0"

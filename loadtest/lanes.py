@@ -1,0 +1,230 @@
+"""What a lane of its own gives an adapter, and what it costs the others: `python -m loadtest.lanes`, over HTTP.
+
+Each part is measured in turn on the same server, with the adapter in the shared lane and in its own, or beside the
+base; closed loops of as many requests each, with new random prompts throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from loadtest import adapters
+from loadtest.adapters import Adapter
+from loadtest.client import Client, Trace
+from loadtest.compare import RESULTS
+from loadtest.dialects import Onebase
+from loadtest.peers.onebase import serve
+from loadtest.stamp import stamp
+from loadtest.workload import Request
+from server.model.bundled import materialise
+
+ROWS, RANK = 16, 8
+LONG = 1024  # tokens of the flood's prompts
+PAIRS, ROUNDS = 15, 2  # of requests alone, and of 16 streams
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One request after the other for one adapter (None: the base), or for one after the other that is `drawn`: so many
+    `requests`, or (None) until the streams that have a number are done."""
+
+    adapter: int | None = None
+    prompt: int = 128
+    new: int = 128
+    requests: int | None = None
+    drawn: Iterator[int] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one stream got: times to its first tokens, gaps between tokens, both in seconds, and tokens."""
+
+    firsts: list[float]
+    gaps: list[float]
+    tokens: int
+
+
+class Bench:
+    """A server, and streams that are sent to it."""
+
+    def __init__(self, url: str, names: list[str]):
+        self._url, self._names = url, names
+
+    def lane(self, number: int, lane: str) -> None:
+        """Moves an adapter."""
+        answer = httpx.patch(f"{self._url}/adapters/{self._names[number]}", json={"lane": lane}, timeout=120)
+        answer.raise_for_status()
+
+    def run(self, streams: list[Stream]) -> tuple[list[Seen], float]:
+        """All at once: what each got, and the seconds until the numbered ones were done, which is when the others'
+        tokens cease to count. Raises RuntimeError when a request fails."""
+        return asyncio.run(self._run(streams))
+
+    def rate(self, streams: list[Stream]) -> float:
+        """Tokens a second of all numbered streams together."""
+        seen, seconds = self.run(streams)
+        return sum(one.tokens for one, stream in zip(seen, streams, strict=True) if stream.requests) / seconds
+
+    async def _run(self, streams: list[Stream]) -> tuple[list[Seen], float]:
+        start, done = time.perf_counter(), asyncio.Event()
+        async with Client(self._url, Onebase(self._names), 600) as client:
+            loops = [asyncio.create_task(self._loop(client, one, start, done)) for one in streams]
+            numbered = [loop for loop, one in zip(loops, streams, strict=True) if one.requests]
+            await asyncio.gather(*numbered)
+            seconds = time.perf_counter() - start
+            done.set()
+            return [_seen(one, seconds) for one in await asyncio.gather(*loops)], seconds
+
+    async def _loop(self, client: Client, stream: Stream, start: float, done: asyncio.Event) -> list[Trace]:
+        traces: list[Trace] = []
+        while len(traces) < stream.requests if stream.requests else not done.is_set():
+            adapter = stream.adapter if stream.drawn is None else next(stream.drawn)
+            traces.append(Trace(Request(next(_numbers), None, adapter, stream.prompt, stream.new, 11)))
+            await client.send(traces[-1], start)
+            if traces[-1].error is not None:
+                raise RuntimeError(traces[-1].error)
+        return traces
+
+
+def _seen(traces: list[Trace], seconds: float) -> Seen:
+    firsts = [trace.ttft for trace in traces if trace.times[0] < seconds]
+    gaps = [gap for trace in traces for gap, at in zip(trace.gaps, trace.times[1:], strict=True) if at < seconds]
+    return Seen(firsts, gaps, len(firsts) + len(gaps))
+
+
+def main() -> None:
+    """Writes `results/lanes-<dtype>.json` and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--requests", type=int, default=3, help="of each stream, one after the other")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
+    arguments = parser.parse_args()
+    report = json.dumps(measure(arguments.dtype, arguments.requests), indent=2)
+    (arguments.out / f"lanes-{arguments.dtype}.json").write_text(report + "\n")
+    print(report)
+
+
+def measure(dtype: str, requests: int) -> dict[str, Any]:
+    """All parts on one server."""
+    base, needed = materialise(), [Adapter(at, RANK, "attention") for at in range(ROWS)]
+    with tempfile.TemporaryDirectory() as data:
+        process, url = serve(Path(data) / "server", dtype=dtype, device="cpu", adapter_slots=ROWS)
+        try:
+            adapters.register(url, needed, base)
+            bench = Bench(url, [one.name for one in needed])
+            bench.run([Stream(at, new=4, requests=1) for at in range(ROWS)])  # warm
+            parts = {name: part(bench, requests) for name, part in PARTS.items()}
+        finally:
+            process.stop()
+    command = f"python -m loadtest.lanes --dtype {dtype} --requests {requests}"
+    return {**stamp(command), "dtype": dtype, "requests": requests, **parts}
+
+
+def beside(bench: Bench, requests: int) -> dict[str, float]:
+    """One interactive row beside 15 rows of other adapters."""
+    streams = [Stream(0), *(Stream(at, requests=requests) for at in range(1, ROWS))]
+    rates, gaps = {}, {}
+    for lane in _lanes(bench):
+        (own, *others), seconds = bench.run(streams)
+        rates[lane], gaps[lane] = sum(one.tokens for one in others) / seconds, own.gaps
+    return {
+        "shared_gap_p50_ms": _median(gaps["shared"]),
+        "merged_gap_p50_ms": _median(gaps["merged"]),
+        "merged / shared gap_p50": _median(gaps["merged"]) / _median(gaps["shared"]),
+        "the others' tokens_per_s, merged / shared": rates["merged"] / rates["shared"],
+    }
+
+
+def flood(bench: Bench, requests: int) -> dict[str, float]:
+    """One interactive row under a flood of long prompts; its first token against that of a quiet server."""
+    one, prompts = Stream(0, requests=2 * requests), [Stream(at, LONG, 2) for at in range(1, ROWS)]
+    bench.lane(0, "merged")
+    (quiet,), _ = bench.run([one])
+    (own, *_), _ = bench.run([one, *prompts])
+    bench.lane(0, "shared")
+    (shared, *_), _ = bench.run([one, *prompts])
+    return {
+        "alone_ttft_p50_ms": _median(quiet.firsts),
+        "ttft_p50_ms": _median(own.firsts),
+        "ttft_max_ms": max(own.firsts) * 1e3,
+        "gap_p50_ms": _median(own.gaps),
+        "gap_p99_ms": _p99(own.gaps),
+        "gap_p99 / gap_p50": _p99(own.gaps) / _median(own.gaps),
+        "shared_gap_p50_ms": _median(shared.gaps),
+        "shared_gap_p99_ms": _p99(shared.gaps),
+    }
+
+
+def whole(bench: Bench, requests: int) -> dict[str, float]:
+    """All 16 rows on one adapter, shared and merged, against the base."""
+    rates: dict[str, list[float]] = {"base": [], "shared": [], "merged": []}
+    for _ in range(ROUNDS):
+        rates["base"].append(bench.rate([Stream(None, requests=requests)] * ROWS))
+        for lane in _lanes(bench):
+            rates[lane].append(bench.rate([Stream(0, requests=requests)] * ROWS))
+    return {"base_tokens_per_s": statistics.median(rates["base"])} | {
+        f"{lane} / base": _paired(rates[lane], rates["base"]) for lane in ("shared", "merged")
+    }
+
+
+def alone(bench: Bench, requests: int) -> dict[str, float]:
+    """One stream alone, request by request on the base and merged: whatever else the machine does meets both alike."""
+    bench.lane(0, "merged")
+    gaps: dict[int | None, list[float]] = {None: [], 0: []}
+    for _ in range(PAIRS):
+        for adapter, found in gaps.items():
+            (seen,), _ = bench.run([Stream(adapter, requests=1)])
+            found.append(statistics.median(seen.gaps))
+    bench.lane(0, "shared")
+    return {"base_gap_p50_ms": _median(gaps[None]), "gap, merged / base": _paired(gaps[0], gaps[None])}
+
+
+def crossover(bench: Bench, requests: int) -> dict[str, dict[str, float]]:
+    """Throughput of all 16 rows when some of them are one adapter's, with its own lane over without."""
+    found = {}
+    for rows in (1, 4, 8, 12, 15, 16):
+        streams = [Stream(at, requests=requests) for at in [0] * rows + list(range(1, ROWS - rows + 1))]
+        rates = {lane: bench.rate(streams) for lane in _lanes(bench)}
+        found[str(rows)] = {"merged / shared": rates["merged"] / rates["shared"]}
+    return found
+
+
+PARTS = {"beside": beside, "flood": flood, "whole": whole, "alone": alone, "crossover": crossover}
+
+
+def _lanes(bench: Bench) -> Iterator[str]:
+    """Adapter 0 in the shared lane, then in its own."""
+    for lane in ("shared", "merged"):
+        bench.lane(0, lane)
+        yield lane
+    bench.lane(0, "shared")
+
+
+def _paired(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def _p99(seconds: list[float]) -> float:
+    return float(np.quantile(seconds, 0.99)) * 1e3
+
+
+def _median(seconds: list[float]) -> float:
+    return statistics.median(seconds) * 1e3
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Lanes as the registry asks for them: from a worker thread, and waiting until the engine has answered."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from server.core import AdapterRef
+from server.engine.client import EngineClient
+from server.errors import OnebaseError
+from server.registry.registry import Registry
+
+log = logging.getLogger("onebase.api")
+T = TypeVar("T")
+
+
+class EngineLanes:
+    """Never called on the event loop, which does the waiting."""
+
+    def __init__(self, client: EngineClient):
+        self._client = client
+
+    def enter(self, adapter: AdapterRef, pinned: bool, *, keeps: bool = False) -> None:
+        """Returns when the adapter has its own lane. Raises Conflict when there is no room; where it `keeps` others,
+        none of them makes way."""
+        for lost in self._wait(self._client.merge(adapter, pinned=pinned, keeps=keeps)):
+            log.info("%s has lost its lane to %s", lost.name, adapter.name)
+
+    def leave(self, adapter: AdapterRef, *, asked: bool = False) -> None:
+        """Ends the adapter's own lane, if it has one or is about to; `asked` if somebody wants it in the shared one."""
+        self._wait(self._client.unmerge(adapter, asked=asked))
+
+    def inside(self, adapter: AdapterRef) -> bool | None:
+        """None where nobody asked for a lane of its own; else whether its copy is pinned."""
+        figures = self._client.lane(adapter)
+        return None if figures is None or figures.automatic else figures.pinned
+
+    def _wait(self, change: Coroutine[Any, Any, T]) -> T:
+        assert self._client.loop is not None
+        return asyncio.run_coroutine_threadsafe(change, self._client.loop).result()
+
+
+def restore(registry: Registry) -> None:
+    """Gives lanes to those that had them when the server last ran, the pinned ones first, as far as there is room. Runs
+    on a thread beside the first requests."""
+    for tenant, name in registry.wishes():
+        try:
+            registry.enter_again(name, tenant)
+        except OnebaseError as fault:
+            log.warning("%s stays in the shared lane: %s", name, fault.message)

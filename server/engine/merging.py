@@ -1,0 +1,306 @@
+"""The merged copies: who has one, what they take, who waits for one, and who still runs on one.
+
+Everything but fetching and building happens on the engine's thread, so there are no locks. A copy belongs to one
+version of one adapter's name. Its lane's key is its own: a copy that is made anew after it was given up is another
+lane.
+
+Copies are asked for, or made by the engine itself (automerge.py): those make way for one that was asked for, and never
+the other way round.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Protocol, cast
+
+from server.core import AdapterRef
+from server.engine.messages import Built, CopyFigures, LaneChanged, Merge, Unmerge, Weighed
+from server.errors import AdapterUnavailable, Conflict, OnebaseError
+from server.lora.merge import MergedCopy
+from server.lora.weights import AdapterWeights
+
+log = logging.getLogger("onebase.engine")
+
+
+LaneMessage = Merge | Unmerge | Weighed | Built
+
+
+class Builder(Protocol):
+    """What makes the copies; called on the building thread."""
+
+    def merged_bytes(self, weights: AdapterWeights) -> int: ...
+
+    def merge(self, weights: AdapterWeights) -> MergedCopy: ...
+
+
+@dataclass(eq=False)
+class Held:
+    """One copy, made (`copy`) or on its way. `nbytes` counts from the moment that room was made for it; `counted` is up
+    to when its byte-seconds are. Nobody asked for an `automatic` one."""
+
+    adapter: AdapterRef
+    lane: str
+    reason: str
+    pinned: bool = False
+    automatic: bool = False
+    keeps: bool = False  # whether it takes nobody's room
+    askers: list[str] = field(default_factory=list)
+    evicted: list[AdapterRef] = field(default_factory=list)
+    copy: MergedCopy | None = None
+    nbytes: int = 0
+    counted: float = 0.0
+    used: int = 0
+    references: int = 0
+
+
+class MergedCopies:
+    """`most` bytes of them at once. `post` reaches the engine's inbox, `answer` its events; `freed` hears of every lane
+    that is no more."""
+
+    def __init__(
+        self,
+        builder: Builder,
+        fetch: Callable[[str], AdapterWeights],
+        post: Callable[[Weighed | Built], None],
+        answer: Callable[[LaneChanged], None],
+        freed: Callable[[str], None],
+        most: int,
+        now: Callable[[], float] = monotonic,
+    ):
+        self._builder, self._fetch, self._post, self._answer = builder, fetch, post, answer
+        self._freed, self.most, self._now = freed, most, now
+        self._active: dict[AdapterRef, Held] = {}  # made or on their way
+        self._leaving: list[Held] = []  # given up, and still in use
+        self.byte_seconds: defaultdict[str, float] = defaultdict(float)  # by name, of copies that were asked for
+        self.changes: Counter[tuple[str, str]] = Counter()  # ("merge" | "unmerge", reason)
+        self._numbers = itertools.count(1)
+        self._threads = ThreadPoolExecutor(1, "onebase-merge")
+
+    def __bool__(self) -> bool:
+        return bool(self._active or self._leaving)
+
+    @property
+    def nbytes(self) -> int:
+        """What all copies take, those on their way and those still in use included."""
+        return sum(held.nbytes for held in (*self._active.values(), *self._leaving))
+
+    def figures(self) -> dict[AdapterRef, CopyFigures]:
+        """By adapter: the copies that take requests."""
+        return {
+            held.adapter: CopyFigures(held.nbytes, held.pinned, held.automatic)
+            for held in self._active.values()
+            if held.copy is not None
+        }
+
+    def count(self) -> None:
+        """Brings `byte_seconds` up to now."""
+        now = self._now()
+        for held in (*self._active.values(), *self._leaving):
+            self._count(held, now)
+
+    def handle(self, message: LaneMessage) -> None:
+        """What the engine's inbox had for the copies."""
+        if isinstance(message, Merge):
+            self.want(message)
+        elif isinstance(message, Unmerge):
+            self.give_up(message)
+        elif isinstance(message, Weighed):
+            self.weighed(message)
+        else:
+            self.built(message)
+
+    def want(self, message: Merge) -> None:
+        """Begins to make a copy, unless there is one."""
+        held = self._active.get(message.adapter) or self._begin(message.adapter)
+        if held.automatic:
+            self._count(held, self._now())  # from here on it is on the bill
+        held.pinned, held.automatic, held.keeps = message.pinned, False, message.keeps
+        if held.copy is not None:
+            self._answer(LaneChanged(message.id))
+        else:
+            held.askers.append(message.id)
+
+    def give_up(self, message: Unmerge) -> None:
+        """Newcomers run in the shared lane again; the copy goes with its last request."""
+        held = self._active.get(message.adapter)
+        if held is not None:
+            self._tell(held, Conflict("the adapter was taken out of its lane before it was there", code="lane_left"))
+            self._drop(held, "asked")
+        self._answer(LaneChanged(message.id))
+
+    def has(self, adapter: AdapterRef) -> bool:
+        """Whether the adapter has a copy that takes requests, or one on its way."""
+        return adapter in self._active
+
+    def automatic(self) -> dict[AdapterRef, bool]:
+        """The copies that nobody asked for, and whether each is there yet."""
+        return {held.adapter: held.copy is not None for held in self._active.values() if held.automatic}
+
+    def volunteer(self, adapter: AdapterRef, reason: str) -> None:
+        """Begins to make a copy that nobody asked for. The adapter has none."""
+        self._begin(adapter, reason).automatic = True
+
+    def dismiss(self, adapter: AdapterRef) -> None:
+        """Gives such a copy up."""
+        self._drop(self._active[adapter], "no_gain")
+
+    def acquire(self, adapter: AdapterRef) -> Held | None:
+        """A reference to the adapter's copy, or None when it has none now."""
+        held = self._active.get(adapter)
+        if held is None or held.copy is None:
+            return None
+        held.references += 1
+        held.used = next(self._numbers)
+        return held
+
+    def release(self, held: Held) -> None:
+        """Gives one reference back."""
+        held.references -= 1
+        if not held.references and held in self._leaving:
+            self._leaving.remove(held)
+            self._free(held)
+
+    def copy_of(self, lane: str) -> MergedCopy | None:
+        """The copy that a lane's steps run on; None for the shared lane."""
+        return next((one.copy for one in (*self._active.values(), *self._leaving) if one.lane == lane), None)
+
+    def weighed(self, message: Weighed) -> None:
+        """Makes room and has the copy built; or tells those who asked that there is none."""
+        held = self._of(message.lane)
+        if held is None:
+            return  # given up meanwhile
+        if message.fault is not None:
+            self._fail(held, message.fault)
+        elif not self._make_room(held, message.nbytes):
+            self._fail(held, self._full(held, message.nbytes))
+        else:
+            held.nbytes, held.counted = message.nbytes, self._now()
+            self._threads.submit(self._build, held.lane, cast(AdapterWeights, message.weights))
+
+    def built(self, message: Built) -> None:
+        """The copy takes requests from now on."""
+        held = self._of(message.lane)
+        if held is None:
+            leaving = next((one for one in self._leaving if one.lane == message.lane), None)
+            if leaving is not None:  # given up while it was made: its room is free now
+                self._leaving.remove(leaving)
+                self._free(leaving)
+        elif message.fault is not None:
+            self._fail(held, message.fault)
+        else:
+            assert isinstance(message.copy, MergedCopy)
+            held.copy, held.used = message.copy, next(self._numbers)
+            self.changes["merge", held.reason] += 1
+            log.info("%s version %d has a lane of its own", held.adapter.name, held.adapter.version)
+            self._tell(held)
+
+    def give_all_up(self, fault: OnebaseError | None) -> None:
+        """The engine ends: those who wait are told."""
+        for held in self._active.values():
+            self._tell(held, fault)
+
+    def close(self) -> None:
+        """Waits for a copy that is being made."""
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _of(self, lane: str) -> Held | None:
+        return next((held for held in self._active.values() if held.lane == lane), None)
+
+    def _begin(self, adapter: AdapterRef, reason: str = "asked") -> Held:
+        held = Held(adapter, f"{adapter.name}#{next(self._numbers)}", reason)
+        self._active[adapter] = held
+        self._threads.submit(self._weigh, held.lane, adapter.digest)
+        return held
+
+    def _make_room(self, held: Held, nbytes: int) -> bool:
+        """Idle copies that make way go, if that is enough: those that nobody asked for before the others, and of each
+        the least recently used first. If it is not, those that nobody asked for take no more requests: their room is
+        free when the last of theirs has ended."""
+        spare, victims = self.most - self.nbytes, list[Held]()
+        makes_way = [one for one in self._active.values() if self._makes_way(one, held)]
+        for one in sorted(makes_way, key=lambda one: (not one.automatic, one.used)):
+            if spare >= nbytes:
+                break
+            if one.copy is not None and not one.references:
+                victims.append(one)
+                spare += one.nbytes
+        enough = spare >= nbytes
+        for one in victims if enough else [one for one in makes_way if one.automatic]:
+            log.info("%s gives its lane up for %s", one.adapter.name, held.adapter.name)
+            if not one.automatic:
+                held.evicted.append(one.adapter)
+            self._drop(one, "made_way")
+        return enough
+
+    @staticmethod
+    def _makes_way(one: Held, other: Held) -> bool:
+        """Whether `one` is of those that go for `other`. A version does not go for its successor, which may fail."""
+        if one.adapter.name == other.adapter.name or other.keeps:
+            return False
+        return not other.automatic and (one.automatic or not one.pinned)
+
+    def _full(self, held: Held, nbytes: int) -> Conflict:
+        return Conflict(
+            f"a merged copy of {held.adapter.name} takes {nbytes} bytes; of MERGED_BYTES = {self.most}, "
+            f"{self.nbytes} are taken, and only idle copies that are not pinned make way (those that nobody asked for "
+            "as soon as their requests have ended: try again)",
+            code="merged_full",
+        )
+
+    def _drop(self, held: Held, reason: str) -> None:
+        """Frees the copy when nobody runs on it, and not before it is made: its room is taken until then."""
+        del self._active[held.adapter]
+        if held.copy is not None:
+            self.changes["unmerge", reason] += 1
+        if held.references or (held.nbytes and held.copy is None):
+            self._leaving.append(held)
+        else:
+            self._free(held)
+
+    def _free(self, held: Held) -> None:
+        self._count(held, self._now())
+        held.copy, held.nbytes = None, 0
+        self._freed(held.lane)
+
+    def _count(self, held: Held, now: float) -> None:
+        if held.nbytes and not held.automatic:
+            self.byte_seconds[held.adapter.name] += held.nbytes * (now - held.counted)
+        held.counted = now
+
+    def _fail(self, held: Held, fault: OnebaseError) -> None:
+        del self._active[held.adapter]
+        if held.automatic:
+            log.info("%s gets no lane of its own: %s", held.adapter.name, fault.message)
+        self._tell(held, fault)
+        self._free(held)
+
+    def _tell(self, held: Held, fault: OnebaseError | None = None) -> None:
+        for asker in held.askers:
+            self._answer(LaneChanged(asker, tuple(held.evicted), fault))
+        held.askers.clear()
+        held.evicted.clear()
+
+    def _weigh(self, lane: str, digest: str) -> None:
+        try:
+            weights = self._fetch(digest)
+            self._post(Weighed(lane, weights, self._builder.merged_bytes(weights), None))
+        except OnebaseError as fault:
+            self._post(Weighed(lane, None, 0, fault))
+        except Exception:  # whoever waits must hear of it
+            log.exception("fetching an adapter to merge failed")
+            self._post(Weighed(lane, None, 0, AdapterUnavailable("the adapter could not be loaded")))
+
+    def _build(self, lane: str, weights: AdapterWeights) -> None:
+        try:
+            self._post(Built(lane, self._builder.merge(weights), None))
+        except OnebaseError as fault:
+            self._post(Built(lane, None, fault))
+        except Exception:
+            log.exception("merging an adapter failed")
+            self._post(Built(lane, None, AdapterUnavailable("the adapter could not be merged")))

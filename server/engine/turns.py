@@ -1,0 +1,76 @@
+"""The lanes' turns on the device: who is next, and how much of a prompt a shared step may hold. Plain Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from time import monotonic
+
+from server.engine.automerge import AutoMerge
+from server.engine.costs import SMALLEST, StepCosts
+from server.engine.lanes import SHARED, Lanes, Urgency
+from server.engine.messages import Merge, Unmerge
+from server.engine.scheduler import Scheduler, Work
+
+# Seconds after a merged lane's last step in which shared prompts are still cut small: its next request comes soon.
+LINGER = 1.0
+
+
+class Turns:
+    """Asked for the next step while there are merged copies, and told what every step took. `auto`, if any, learns
+    from that when a lane pays."""
+
+    def __init__(self, scheduler: Scheduler, share: float, now: Callable[[], float] = monotonic):
+        self._scheduler, self._lanes, self.share = scheduler, Lanes(share), share
+        self.auto: AutoMerge | None = None
+        self._merged, self._shared = StepCosts(), StepCosts()
+        self._chunked = False  # whether the last step held a shared prompt's chunk
+        self._now, self._urgent_at = now, -LINGER
+
+    def next(self) -> tuple[str, list[Work]]:
+        """The lane whose turn it is and its work; none where no lane can compute anything."""
+        busy = self._scheduler.lanes()
+        for lane in self._in_turn(busy) if busy else ():
+            work = self._scheduler.schedule(lane, self._chunk(busy) if lane == SHARED else None)
+            if work:
+                return lane, work
+        return SHARED, []
+
+    def taken(self, lane: str, work: Sequence[Work], seconds: float) -> None:
+        """The step took so long."""
+        self._lanes.spent(lane, seconds)
+        (self._shared if lane == SHARED else self._merged).add(sum(item.count for item in work), seconds)
+        self._chunked = lane == SHARED and any(item.count > 1 for item in work)
+        if lane != SHARED and not all(item.sequence.request.submit.batch for item in work):
+            self._urgent_at = self._now()
+        if self.auto is not None:
+            self.auto.learn(lane, work, seconds)
+            self.auto.look(self._scheduler.running)
+
+    def changed(self, message: object) -> None:
+        """A lane has been asked for, or to be given up."""
+        if self.auto is not None and isinstance(message, Merge | Unmerge):
+            self.auto.told(message)
+
+    def forget(self, lane: str) -> None:
+        """The lane is no more."""
+        self._lanes.forget(lane)
+
+    def _in_turn(self, busy: dict[str, Urgency]) -> list[str]:
+        """After one chunk of a shared prompt a merged lane comes first, whatever the clocks say."""
+        order = self._lanes.order(busy)
+        if self._chunked and any(urgency > Urgency.BATCH for lane, urgency in busy.items() if lane != SHARED):
+            order.sort(key=lambda lane: lane == SHARED)
+        return order
+
+    def _chunk(self, busy: dict[str, Urgency]) -> int | None:
+        """So many tokens of prompts that the shared step takes what is due to it beside a merged one; None: no bound,
+        as nobody in a merged lane waits for a token, or comes back soon."""
+        urgent = [lane for lane, urgency in busy.items() if lane != SHARED and urgency > Urgency.BATCH]
+        if not self._merged or (not urgent and self._now() - self._urgent_at > LINGER):
+            return None
+        rows = max((self._scheduler.decoding(lane) for lane in urgent), default=1)
+        due = self._merged.seconds(max(rows, 1)) * self._lanes.ratio()
+        decoding, most = self._scheduler.decoding(SHARED), self._scheduler.max_batch_tokens
+        # A step with decodes is long anyway; as small a chunk as beside none would take a flood of prompts through it
+        # for ever.
+        return max(self._shared.tokens_within(due, most) - decoding, 2 * SMALLEST if decoding else SMALLEST)

@@ -1,0 +1,238 @@
+"""Merged copies: room, references, and everybody told once, with a builder of our own."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.core import AdapterRef
+from server.engine.merging import MergedCopies
+from server.engine.messages import Built, LaneChanged, Merge, Unmerge, Weighed
+from server.errors import AdapterUnavailable, Conflict
+from server.lora.merge import MergedCopy
+
+SIZE = 100
+
+
+class Builder:
+    def __init__(self) -> None:
+        self.faults: dict[str, Exception] = {}
+        self.built: list[str] = []
+
+    def merged_bytes(self, weights: Any) -> int:
+        return SIZE
+
+    def merge(self, weights: Any) -> MergedCopy:
+        if weights in self.faults:
+            raise self.faults[weights]
+        self.built.append(weights)
+        return MergedCopy(weights, {}, SIZE)
+
+
+class Desk:
+    """Does by hand what the engine's thread does."""
+
+    def __init__(self, most: int):
+        self.inbox: queue.SimpleQueue[Weighed | Built] = queue.SimpleQueue()
+        self.answers: list[LaneChanged] = []
+        self.builder = Builder()
+        self.missing: set[str] = set()
+        self.freed: list[str] = []
+        self.copies = MergedCopies(
+            self.builder, self.fetch, self.inbox.put, self.answers.append, freed=self.freed.append, most=most
+        )
+
+    def fetch(self, digest: str) -> Any:
+        if digest in self.missing:
+            raise AdapterUnavailable("gone")
+        return digest
+
+    def handle(self) -> None:
+        message = self.inbox.get(timeout=10)
+        if isinstance(message, Weighed):
+            self.copies.weighed(message)
+        else:
+            self.copies.built(message)
+
+    def merge(self, name: str, *, pinned: bool = False, messages: int = 2) -> LaneChanged:
+        self.copies.want(Merge(f"m-{name}", ref(name), pinned))
+        for _ in range(messages):
+            self.handle()
+        return self.answers.pop()
+
+    def close(self) -> None:
+        self.copies.close()
+
+
+def ref(name: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(name, version, f"{name}-{version}")
+
+
+@pytest.fixture
+def desk() -> Iterator[Desk]:
+    made = Desk(2 * SIZE)
+    yield made
+    made.close()
+
+
+def test_a_copy_is_made_used_and_freed(desk: Desk) -> None:
+    assert desk.copies.acquire(ref("a")) is None
+    assert desk.merge("a") == LaneChanged("m-a")
+    held = desk.copies.acquire(ref("a"))
+    assert held is not None
+    assert desk.copies.copy_of(held.lane) is held.copy
+    assert desk.copies.acquire(ref("a", 2)) is None, "another version is another copy"
+    desk.copies.give_up(Unmerge("u", ref("a")))
+    assert desk.answers.pop() == LaneChanged("u")
+    assert desk.copies.acquire(ref("a")) is None
+    assert desk.copies.nbytes == SIZE, "a request still runs on it"
+    assert desk.copies.copy_of(held.lane) is not None
+    desk.copies.release(held)
+    assert desk.copies.nbytes == 0
+    assert not desk.copies
+    assert desk.copies.copy_of(held.lane) is None
+    assert desk.freed == [held.lane]
+    assert desk.copies.byte_seconds["a"] > 0
+    assert desk.copies.changes == {("merge", "asked"): 1, ("unmerge", "asked"): 1}
+
+
+def test_asked_twice_it_is_made_once_and_both_are_told(desk: Desk) -> None:
+    desk.copies.want(Merge("1", ref("a"), False))
+    desk.copies.want(Merge("2", ref("a"), True))
+    desk.handle()
+    desk.handle()
+    assert [one.id for one in desk.answers] == ["1", "2"]
+    desk.copies.want(Merge("3", ref("a"), False))
+    assert desk.answers[-1] == LaneChanged("3")
+    assert desk.builder.built == ["a-1"]
+    assert not desk.copies.figures()[ref("a")].pinned, "the last word counts"
+
+
+def test_without_room_the_least_recently_used_idle_copy_goes(desk: Desk) -> None:
+    desk.merge("a")
+    desk.merge("b")
+    held = desk.copies.acquire(ref("a"))
+    assert held is not None
+    desk.copies.release(held)
+    assert desk.merge("c").evicted == (ref("b"),)
+    assert desk.copies.acquire(ref("b")) is None
+    assert desk.copies.nbytes == 2 * SIZE
+
+
+def test_pinned_copies_and_those_in_use_stay_and_the_refusal_has_the_numbers(desk: Desk) -> None:
+    desk.merge("a", pinned=True)
+    desk.merge("b")
+    held = desk.copies.acquire(ref("b"))
+    assert held is not None
+    refused = desk.merge("c", messages=1).error
+    assert isinstance(refused, Conflict)
+    assert refused.code == "merged_full"
+    assert "100 bytes" in refused.message
+    assert "200" in refused.message
+    assert desk.builder.built == ["a-1", "b-1"]
+    desk.copies.release(held)
+    assert desk.merge("c").evicted == (ref("b"),)
+
+
+def test_given_up_while_it_is_made(desk: Desk) -> None:
+    desk.copies.want(Merge("1", ref("a"), False))
+    desk.handle()  # weighed: its room is taken
+    desk.copies.give_up(Unmerge("2", ref("a")))
+    assert [one.id for one in desk.answers] == ["1", "2"]
+    assert desk.answers[0].error is not None
+    assert desk.copies.nbytes == SIZE, "the builder still fills it"
+    desk.handle()
+    assert desk.copies.nbytes == 0
+    desk.copies.want(Merge("3", ref("b"), False))
+    desk.copies.give_up(Unmerge("4", ref("b")))
+    desk.handle()  # weighed, for nobody
+    assert desk.copies.nbytes == 0
+    assert not desk.copies
+
+
+@pytest.mark.parametrize("fault", [Conflict("overflows"), RuntimeError("a bug")])
+def test_what_cannot_be_built_is_told_and_leaves_nothing(desk: Desk, fault: Exception) -> None:
+    desk.builder.faults["a-1"] = fault
+    assert desk.merge("a").error is not None
+    assert desk.copies.nbytes == 0
+    del desk.builder.faults["a-1"]
+    assert desk.merge("a").error is None
+
+
+def test_what_cannot_be_fetched_is_told(desk: Desk) -> None:
+    desk.missing.add("a-1")
+    assert isinstance(desk.merge("a", messages=1).error, AdapterUnavailable)
+    assert not desk.copies
+
+
+def test_when_the_engine_ends_those_who_wait_are_told(desk: Desk) -> None:
+    desk.copies.want(Merge("1", ref("a"), False))
+    desk.copies.give_all_up(Conflict("ended"))
+    assert [one.id for one in desk.answers] == ["1"]
+
+
+def test_one_that_nobody_asked_for_is_not_on_the_bill_until_somebody_does(desk: Desk) -> None:
+    time = iter(range(1, 1000))
+    desk.copies._now = lambda: float(next(time))  # every look takes a second
+    desk.copies.volunteer(ref("a"), "alone")
+    desk.handle()
+    desk.handle()
+    assert desk.copies.automatic() == {ref("a"): True}
+    desk.copies.count()
+    assert not desk.copies.byte_seconds
+    desk.copies.want(Merge("m", ref("a"), False))
+    assert desk.answers.pop() == LaneChanged("m")
+    assert desk.copies.automatic() == {}
+    desk.copies.count()
+    assert desk.copies.byte_seconds["a"] == SIZE
+    assert desk.copies.changes == {("merge", "alone"): 1}
+
+
+def test_one_that_nobody_asked_for_never_displaces_one_that_somebody_did(desk: Desk) -> None:
+    desk.merge("a")
+    desk.merge("b")
+    desk.copies.volunteer(ref("c"), "alone")
+    desk.handle()
+    assert not desk.copies.has(ref("c"))
+    assert desk.copies.has(ref("a"))
+    assert desk.copies.has(ref("b"))
+
+
+def test_one_that_nobody_asked_for_makes_way_when_its_requests_have_ended(desk: Desk) -> None:
+    desk.merge("a", pinned=True)
+    desk.copies.volunteer(ref("b"), "alone")
+    desk.handle()
+    desk.handle()
+    held = desk.copies.acquire(ref("b"))
+    assert held is not None
+    refused = desk.merge("c", messages=1).error
+    assert isinstance(refused, Conflict), "its room is still taken"
+    assert "try again" in refused.message
+    assert desk.copies.acquire(ref("b")) is None, "but it takes no more requests"
+    desk.copies.release(held)
+    assert desk.merge("c") == LaneChanged("m-c"), "nobody is told of a lane that was never asked for"
+    assert desk.copies.nbytes == 2 * SIZE
+    assert desk.copies.changes["unmerge", "made_way"] == 1
+
+
+def test_a_version_does_not_make_way_for_its_successor(desk: Desk) -> None:
+    """Which may turn out not to be finite: the old one stays."""
+    desk.merge("a")
+    desk.merge("b", pinned=True)
+    desk.copies.want(Merge("m", ref("a", 2), False))
+    desk.handle()
+    assert isinstance(desk.answers.pop().error, Conflict)
+    assert desk.copies.has(ref("a"))
+
+
+def test_one_that_keeps_others_takes_nobodys_room(desk: Desk) -> None:
+    desk.merge("a")
+    desk.merge("b")
+    desk.copies.want(Merge("m", ref("c"), False, True))
+    desk.handle()
+    assert isinstance(desk.answers.pop().error, Conflict)
+    assert desk.copies.has(ref("a"))
+    assert desk.copies.has(ref("b"))

@@ -1,0 +1,65 @@
+"""Lanes' turns on a real scheduler, with steps that take as long as we say."""
+
+from __future__ import annotations
+
+import itertools
+
+from server.engine.costs import SMALLEST
+from server.engine.lanes import SHARED
+from server.engine.scheduler import Work
+from server.engine.turns import LINGER, Turns
+from tests.unit.test_scheduler import laned, play, scheduler_of, sequence
+
+LONG = 400
+
+
+class World:
+    """A long prompt in the shared lane and a row in a merged one; a step takes 10 ms and 1 ms a token."""
+
+    def __init__(self, *, batch: bool = False, decodes: int = 0) -> None:
+        self.time, self.scheduler = 0.0, scheduler_of(blocks=400, tokens=64)
+        self.turns = Turns(self.scheduler, 0.5, lambda: self.time)
+        self.row = laned(0, 1, "a#1", batch=batch)
+        self.scheduler.add(self.row)
+        for order in range(decodes):
+            self.scheduler.add(sequence(2 + order, 1))
+        for _ in range(4):
+            self.step()
+        self.scheduler.add(sequence(9, LONG))
+
+    def step(self) -> tuple[str, list[Work]]:
+        lane, work = self.turns.next()
+        seconds = 0.01 + 0.001 * sum(item.count for item in work)
+        self.time += seconds
+        self.turns.taken(lane, work, seconds)
+        play(self.scheduler, work)
+        return lane, work
+
+
+def test_a_shared_prompt_delays_a_merged_token_by_one_small_chunk() -> None:
+    world = World()
+    steps = [world.step() for _ in range(60)]
+    lanes = [lane for lane, _ in steps]
+    assert SHARED in lanes
+    assert (SHARED, SHARED) not in list(itertools.pairwise(lanes))
+    assert max(sum(item.count for item in work) for _, work in steps) <= SMALLEST
+
+
+def test_beside_its_own_decodes_a_prompt_gets_a_larger_chunk() -> None:
+    world = World(decodes=1)
+    steps = [world.step() for _ in range(60)]
+    shared = [work for lane, work in steps if lane == SHARED and len(work) > 1]
+    assert {max(item.count for item in work) for work in shared} == {2 * SMALLEST}
+
+
+def test_without_a_merged_row_for_a_while_prompts_are_not_cut() -> None:
+    world = World()
+    world.scheduler.remove(world.row)
+    assert sum(item.count for item in world.step()[1]) <= SMALLEST, "it may come back"
+    world.time += LINGER + 1
+    assert sum(item.count for item in world.step()[1]) == 64
+
+
+def test_batch_work_in_a_merged_lane_cuts_no_prompts() -> None:
+    world = World(batch=True)
+    assert max(sum(item.count for item in world.step()[1]) for _ in range(10)) == 64
