@@ -47,7 +47,7 @@ MEANING = {
     "logprobs": "null: none; k: log-probabilities of the chosen tokens and of the k likeliest",
     "n": "answers to the same prompt",
     "stream": "answer with Server-Sent Events",
-    "priority": "`interactive` or `batch`: batch is computed after the other, and gives its place up first",
+    "priority": "`interactive` or `batch`: batch is computed after the other of its lane, and gives its place up first",
     "role": "who speaks",
     "content": "what is said",
     "version": "the version that becomes current",

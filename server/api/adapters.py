@@ -126,7 +126,7 @@ async def patch_adapter(name: str, body: LanePatch, state: OneState) -> dict[str
     """Gives an adapter a lane of its own, or takes it back. Answers when it is there; 409 when there is no room."""
     merged = None if body.lane is None else body.lane == "merged"
     change = partial(state.registry.set_lane, name, merged=merged, pinned=body.pinned)
-    return _status(state, await run_in_threadpool(change))
+    return _status(state, await anyio.to_thread.run_sync(change, limiter=state.changes))
 
 
 @router.delete("/{name}", status_code=204)

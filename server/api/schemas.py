@@ -64,7 +64,7 @@ class GenerateRequest(Strict):
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     priority: Literal["interactive", "batch"] = Field(
-        "interactive", description="batch yields: it is computed after the other, and gives its place up first"
+        "interactive", description="batch is computed after the other of its lane, and gives its place up first"
     )
 
     @property

@@ -20,6 +20,7 @@ from server.settings import Settings
 
 READS_AT_ONCE = 1  # a long prompt takes hundreds of megabytes while it is read
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
+LANE_CHANGES_AT_ONCE = 4  # each waits for the one thread that makes copies; other requests need threads too
 FETCHES_AT_ONCE = 8  # fetching one is mostly waiting
 RECEIVED_AT_ONCE = 16  # each may fill the temporary directory with the largest upload
 
@@ -36,7 +37,8 @@ class Activity:
 @dataclass
 class State:
     """Everything an endpoint may reach. `salt` separates this tenant's prompts in the prefix cache; `reads` bounds how
-    many long prompts, `receiving`, `fetches` and `checks` how many uploads are worked on at once.
+    many long prompts, `receiving`, `fetches` and `checks` how many uploads are worked on at once, `changes` how many
+    calls wait for a lane.
     """
 
     settings: Settings
@@ -49,6 +51,7 @@ class State:
     salt: bytes = field(default_factory=lambda: secrets.token_bytes(16))
     activity: dict[str, Activity] = field(default_factory=dict)
     checks: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(CHECKS_AT_ONCE))
+    changes: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(LANE_CHANGES_AT_ONCE))
     reads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(READS_AT_ONCE))
     receiving: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(RECEIVED_AT_ONCE))
     fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(FETCHES_AT_ONCE))
