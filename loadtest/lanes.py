@@ -33,7 +33,8 @@ from server.model.bundled import materialise
 
 ROWS, RANK = 16, 8
 LONG = 1024  # tokens of the flood's prompts
-PAIRS, ROUNDS = 15, 2  # of requests alone, and of 16 streams
+PAIRS, ROUNDS = 30, 5  # of requests alone, and of 16 streams
+FLOODED = 8  # requests under the flood, and without it
 _numbers = itertools.count()
 
 
@@ -135,23 +136,26 @@ def measure(dtype: str, requests: int) -> dict[str, Any]:
 
 
 def beside(bench: Bench, requests: int) -> dict[str, float]:
-    """One interactive row beside 15 rows of other adapters."""
+    """One interactive row beside 15 rows of other adapters, by turns in the shared lane and in its own."""
     streams = [Stream(0), *(Stream(at, requests=requests) for at in range(1, ROWS))]
-    rates, gaps = {}, {}
-    for lane in _lanes(bench):
-        (own, *others), seconds = bench.run(streams)
-        rates[lane], gaps[lane] = sum(one.tokens for one in others) / seconds, own.gaps
+    rates: dict[str, list[float]] = {"shared": [], "merged": []}
+    gaps: dict[str, list[float]] = {"shared": [], "merged": []}
+    for _ in range(ROUNDS):
+        for lane in _lanes(bench):
+            (own, *others), seconds = bench.run(streams)
+            rates[lane].append(sum(one.tokens for one in others) / seconds)
+            gaps[lane].append(statistics.median(own.gaps))
     return {
         "shared_gap_p50_ms": _median(gaps["shared"]),
         "merged_gap_p50_ms": _median(gaps["merged"]),
-        "merged / shared gap_p50": _median(gaps["merged"]) / _median(gaps["shared"]),
-        "the others' tokens_per_s, merged / shared": rates["merged"] / rates["shared"],
+        "merged / shared gap_p50": _paired(gaps["merged"], gaps["shared"]),
+        "the others' tokens_per_s, merged / shared": _paired(rates["merged"], rates["shared"]),
     }
 
 
 def flood(bench: Bench, requests: int) -> dict[str, float]:
     """One interactive row under a flood of long prompts; its first token against that of a quiet server."""
-    one, prompts = Stream(0, requests=2 * requests), [Stream(at, LONG, 2) for at in range(1, ROWS)]
+    one, prompts = Stream(0, requests=FLOODED), [Stream(at, LONG, 2) for at in range(1, ROWS)]
     bench.lane(0, "merged")
     (quiet,), _ = bench.run([one])
     (own, *_), _ = bench.run([one, *prompts])
@@ -159,6 +163,7 @@ def flood(bench: Bench, requests: int) -> dict[str, float]:
     (shared, *_), _ = bench.run([one, *prompts])
     return {
         "alone_ttft_p50_ms": _median(quiet.firsts),
+        "alone_gap_p50_ms": _median(quiet.gaps),
         "ttft_p50_ms": _median(own.firsts),
         "ttft_max_ms": max(own.firsts) * 1e3,
         "gap_p50_ms": _median(own.gaps),

@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     )
     merged_bytes: int = Field(GIB, ge=0, description="merged copies of the base's linears, for lanes of their own")
     merged_share: float = Field(
-        0.5, ge=0.05, le=0.95, description="of the device's time, for all merged lanes while the shared one has work"
+        0.45, ge=0.05, le=0.95, description="of the device's time, for all merged lanes while the shared one has work"
     )
     auto_merge: bool = Field(
         False, description="give adapters lanes of their own where measured step times say that it pays"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import Any
 
 from server.core import AdapterRef
 from server.engine.client import EngineClient
@@ -13,7 +13,6 @@ from server.errors import OnebaseError
 from server.registry.registry import Registry
 
 log = logging.getLogger("onebase.api")
-T = TypeVar("T")
 
 
 class EngineLanes:
@@ -25,8 +24,7 @@ class EngineLanes:
     def enter(self, adapter: AdapterRef, pinned: bool, *, keeps: bool = False) -> None:
         """Returns when the adapter has its own lane. Raises Conflict when there is no room; where it `keeps` others,
         none of them makes way."""
-        for lost in self._wait(self._client.merge(adapter, pinned=pinned, keeps=keeps)):
-            log.info("%s has lost its lane to %s", lost.name, adapter.name)
+        self._wait(self._client.merge(adapter, pinned=pinned, keeps=keeps))
 
     def leave(self, adapter: AdapterRef, *, asked: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; `asked` if somebody wants it in the shared one."""
@@ -37,9 +35,9 @@ class EngineLanes:
         figures = self._client.lane(adapter)
         return None if figures is None or figures.automatic else figures.pinned
 
-    def _wait(self, change: Coroutine[Any, Any, T]) -> T:
+    def _wait(self, change: Coroutine[Any, Any, None]) -> None:
         assert self._client.loop is not None
-        return asyncio.run_coroutine_threadsafe(change, self._client.loop).result()
+        asyncio.run_coroutine_threadsafe(change, self._client.loop).result()
 
 
 def restore(registry: Registry) -> None:

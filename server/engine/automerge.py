@@ -128,12 +128,13 @@ class AutoMerge:
         self._settled = {adapter: at for adapter, at in self._settled.items() if now - at < STAY}
         rows, automatic = list(running), self._copies.automatic()
         candidates = {one.request.submit.adapter for one in rows}
-        before, self._since = self._since, {}
+        before, self._since, why = self._since, {}, dict[AdapterRef, str | None]()
         for adapter in (*automatic, *(one for one in candidates if one is not None and self._may_have(one))):
             merged = adapter in automatic
-            if (self._reason(rows, adapter, automatic, 0.0 if merged else GAIN) is not None) != merged:
+            why[adapter] = self._reason(rows, adapter, automatic, 0.0 if merged else GAIN)
+            if (why[adapter] is not None) != merged:
                 self._since[adapter] = before.get(adapter, now)
-        self._change(rows, automatic, now)
+        self._change(rows, automatic, why, now)
 
     def _reason(
         self, rows: list[Sequence], adapter: AdapterRef, automatic: Collection[AdapterRef], gain: float
@@ -147,7 +148,13 @@ class AutoMerge:
     def _may_have(self, adapter: AdapterRef) -> bool:
         return adapter.name not in self._told and not self._copies.has(adapter)
 
-    def _change(self, rows: list[Sequence], automatic: dict[AdapterRef, bool], now: float) -> None:
+    def _change(
+        self,
+        rows: list[Sequence],
+        automatic: dict[AdapterRef, bool],
+        why: dict[AdapterRef, str | None],
+        now: float,
+    ) -> None:
         """The one for which the other lane has paid the longest goes there."""
         due = [one for one, since in self._since.items() if now - since >= PATIENCE and one not in self._settled]
         making = not all(automatic.values())
@@ -157,10 +164,10 @@ class AutoMerge:
                 log.info("%s goes back to the shared lane: %s", adapter.name, self._figures(load))
                 self._copies.dismiss(adapter)
             elif not making:
-                why = self._reason(rows, adapter, automatic, GAIN)
-                assert why is not None
-                log.info("%s gets a lane of its own (%s): %s", adapter.name, why, self._figures(load))
-                self._copies.volunteer(adapter, why)
+                pays = why[adapter]
+                assert pays is not None
+                log.info("%s gets a lane of its own (%s): %s", adapter.name, pays, self._figures(load))
+                self._copies.volunteer(adapter, pays)
             else:
                 continue
             self._settled[adapter] = now

@@ -134,11 +134,10 @@ class EngineClient:
         if self._engine is not None and request_id in self._streams:
             self._engine.cancel(request_id)
 
-    async def merge(self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False) -> tuple[AdapterRef, ...]:
-        """Gives the adapter a lane of its own and waits until it has it; the adapters that lost theirs for it, of which
-        there are none if it `keeps` them. Raises Conflict when there is no room, AdapterUnavailable, or Overloaded when
-        the engine has ended."""
-        return await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps))
+    async def merge(self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False) -> None:
+        """Gives the adapter a lane of its own and waits until it has it; nobody else loses one if it `keeps` them.
+        Raises Conflict when there is no room, AdapterUnavailable, or Overloaded when the engine has ended."""
+        await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps))
 
     async def unmerge(self, adapter: AdapterRef, *, asked: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there."""
@@ -148,7 +147,7 @@ class EngineClient:
         """The adapter's own lane, if new requests for it run in one."""
         return self.stats.copies.get(adapter)
 
-    async def _change_lane(self, message: Callable[[str], Merge | Unmerge]) -> tuple[AdapterRef, ...]:
+    async def _change_lane(self, message: Callable[[str], Merge | Unmerge]) -> None:
         if self._engine is None or not self._engine.alive:
             raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
         number, answer = f"lane-{next(self._numbers)}", asyncio.get_running_loop().create_future()
@@ -164,7 +163,6 @@ class EngineClient:
             del self._changes[number]
         if change.error is not None:
             raise change.error
-        return change.evicted
 
     def leave(self, stream: Stream) -> None:
         """The reader has gone, and if the request is still open, so has its client. Of no effect the second time."""

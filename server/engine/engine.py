@@ -80,7 +80,7 @@ class Engine:
         threads: int,
         prefetch_bytes: int,
         merged_bytes: int = 0,
-        merged_share: float = 0.5,
+        merged_share: float = 0.45,
         auto_merge: bool = False,
     ):
         self._runner, self._scheduler, self._emit, self._threads = runner, scheduler, emit, threads
@@ -161,8 +161,8 @@ class Engine:
         start = monotonic()
         lane, work = self._turns.next() if self._merged else (SHARED, self._scheduler.schedule())
         if work:
-            self._step(work, self._merged.copy_of(lane))
-            self._turns.taken(lane, work, monotonic() - start)
+            failed = not self._step(work, self._merged.copy_of(lane))
+            self._turns.taken(lane, work, monotonic() - start, failed=failed)
         return work
 
     def _close(self) -> None:
@@ -226,7 +226,8 @@ class Engine:
             request.sequences.append(sequence)
             self._scheduler.add(sequence)
 
-    def _step(self, work: list[Work], copy: MergedCopy | None) -> None:
+    def _step(self, work: list[Work], copy: MergedCopy | None) -> bool:
+        """Whether it did not fail."""
         self.stats.step_began = monotonic()
         try:
             choices = self._runner.run(work, copy)
@@ -235,7 +236,7 @@ class Engine:
             self.stats.failed_steps += 1
             for item in work:
                 self._end(item.sequence.request, "error", EngineFailure("the step that held this request failed"))
-            return
+            return False
         finally:
             self.stats.step_began = None
         self._scheduler.computed(work)
@@ -248,6 +249,7 @@ class Engine:
                 except Exception:  # a tokenizer that cannot decode, say: that request's fault alone
                     log.exception("a token could not be taken")
                     self._end(item.sequence.request, "error", EngineFailure("the answer could not be decoded"))
+        return True
 
     def _take(self, sequence: Sequence, choice: Choice) -> None:
         request, sampling = sequence.request, sequence.request.submit.sampling

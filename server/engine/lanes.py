@@ -66,7 +66,7 @@ class Lanes:
     """`share` is what the merged lanes have together of the device's time while the shared lane has work as well."""
 
     def __init__(self, share: float, now: Callable[[], float] = monotonic):
-        self._share, self._now = share, now
+        self.share, self._now = share, now
         self._sides, self._merged = _Clocks(), _Clocks()  # SHARED and MERGED; each merged lane
 
     def order(self, busy: Mapping[str, Urgency]) -> list[str]:
@@ -85,9 +85,9 @@ class Lanes:
         """`lane` has had a step of so many seconds; if it was its last, it may be no more."""
         now = self._now()
         if lane == SHARED:
-            self._sides.spent(SHARED, seconds / (1 - self._share), now)
+            self._sides.spent(SHARED, seconds / (1 - self.share), now)
         else:
-            self._sides.spent(MERGED, seconds / self._share, now)
+            self._sides.spent(MERGED, seconds / self.share, now)
             self._merged.spent(lane, seconds, now)
 
     def forget(self, lane: str) -> None:
@@ -96,7 +96,7 @@ class Lanes:
 
     def ratio(self) -> float:
         """How much longer than a merged step a shared one may take for both to come in turn."""
-        return (1 - self._share) / self._share
+        return (1 - self.share) / self.share
 
     def _merged_first(self, urgency: Urgency, now: float) -> bool:
         """Whether the merged lanes go before the shared one: when they are behind, or in a hurry and not far ahead."""

@@ -51,7 +51,6 @@ class Held:
     automatic: bool = False
     keeps: bool = False  # whether it takes nobody's room
     askers: list[str] = field(default_factory=list)
-    evicted: list[AdapterRef] = field(default_factory=list)
     copy: MergedCopy | None = None
     nbytes: int = 0
     counted: float = 0.0
@@ -233,8 +232,6 @@ class MergedCopies:
         enough = spare >= nbytes
         for one in victims if enough else [one for one in makes_way if one.automatic]:
             log.info("%s gives its lane up for %s", one.adapter.name, held.adapter.name)
-            if not one.automatic:
-                held.evicted.append(one.adapter)
             self._drop(one, "made_way")
         return enough
 
@@ -282,9 +279,8 @@ class MergedCopies:
 
     def _tell(self, held: Held, fault: OnebaseError | None = None) -> None:
         for asker in held.askers:
-            self._answer(LaneChanged(asker, tuple(held.evicted), fault))
+            self._answer(LaneChanged(asker, fault))
         held.askers.clear()
-        held.evicted.clear()
 
     def _weigh(self, lane: str, digest: str) -> None:
         try:

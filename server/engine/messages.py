@@ -160,10 +160,9 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class LaneChanged:
-    """The answer to a `Merge` or `Unmerge`. `evicted` are adapters that lost their lanes to make room."""
+    """The answer to a `Merge` or `Unmerge`."""
 
     id: str
-    evicted: tuple[AdapterRef, ...] = ()
     error: OnebaseError | None = None
 
 

@@ -13,6 +13,7 @@ from server.engine.scheduler import Scheduler, Work
 
 # Seconds after a merged lane's last step in which shared prompts are still cut small: its next request comes soon.
 LINGER = 1.0
+LEAST = 2 * SMALLEST  # tokens of a prompt in a shared step: a smaller chunk takes nearly as long
 
 
 class Turns:
@@ -20,7 +21,7 @@ class Turns:
     from that when a lane pays."""
 
     def __init__(self, scheduler: Scheduler, share: float, now: Callable[[], float] = monotonic):
-        self._scheduler, self._lanes, self.share = scheduler, Lanes(share), share
+        self._scheduler, self._lanes = scheduler, Lanes(share)
         self.auto: AutoMerge | None = None
         self._merged, self._shared = StepCosts(), StepCosts()
         self._chunked = False  # whether the last step held a shared prompt's chunk
@@ -35,9 +36,16 @@ class Turns:
                 return lane, work
         return SHARED, []
 
-    def taken(self, lane: str, work: Sequence[Work], seconds: float) -> None:
-        """The step took so long."""
+    @property
+    def share(self) -> float:
+        """What all merged lanes have of the device's time."""
+        return self._lanes.share
+
+    def taken(self, lane: str, work: Sequence[Work], seconds: float, *, failed: bool = False) -> None:
+        """The step took so long; one that failed is charged, and tells nothing of others."""
         self._lanes.spent(lane, seconds)
+        if failed:
+            return
         (self._shared if lane == SHARED else self._merged).add(sum(item.count for item in work), seconds)
         self._chunked = lane == SHARED and any(item.count > 1 for item in work)
         if lane != SHARED and not all(item.sequence.request.submit.batch for item in work):
@@ -63,14 +71,16 @@ class Turns:
         return order
 
     def _chunk(self, busy: dict[str, Urgency]) -> int | None:
-        """So many tokens of prompts that the shared step takes what is due to it beside a merged one; None: no bound,
-        as nobody in a merged lane waits for a token, or comes back soon."""
+        """So many tokens of prompts that the shared step takes what is due to it beside a merged one, or twice what its
+        decodes take without them; None: no bound, as nobody in a merged lane waits for a token, or comes back soon."""
         urgent = [lane for lane, urgency in busy.items() if lane != SHARED and urgency > Urgency.BATCH]
         if not self._merged or (not urgent and self._now() - self._urgent_at > LINGER):
             return None
         rows = max((self._scheduler.decoding(lane) for lane in urgent), default=1)
         due = self._merged.seconds(max(rows, 1)) * self._lanes.ratio()
         decoding, most = self._scheduler.decoding(SHARED), self._scheduler.max_batch_tokens
-        # A step with decodes is long anyway; as small a chunk as beside none would take a flood of prompts through it
-        # for ever.
-        return max(self._shared.tokens_within(due, most) - decoding, 2 * SMALLEST if decoding else SMALLEST)
+        if decoding and self._shared:
+            # Many rows that decode make long steps anyway. Were their prompts cut as small as beside none, fewer of
+            # them would decode at a time, which costs more by the token.
+            due = max(due, 2 * self._shared.seconds(decoding))
+        return max(self._shared.tokens_within(due, most) - decoding, LEAST)
