@@ -1,7 +1,8 @@
 """What a lane of its own gives an adapter, and what it costs the others: `python -m loadtest.lanes`, over HTTP.
 
 Each part is measured in turn on the same server, with the adapter in the shared lane and in its own, or beside the
-base; closed loops of as many requests each, with new random prompts throughout.
+base; closed loops with new random prompts throughout. Streams without an end begin one after the other, so that they do
+not all have a prompt at once.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ from server.model.bundled import materialise
 
 ROWS, RANK = 16, 8
 LONG = 1024  # tokens of the flood's prompts
-PAIRS, ROUNDS = 30, 5  # of requests alone, and of 16 streams
-FLOODED = 8  # requests under the flood, and without it
+PAIRS, ROUNDS = 30, 3  # of requests alone, and of 16 streams
+SETTLE, WINDOW = 5.0, 15.0  # seconds until endless streams have found their rhythm, and that are then looked at
+FLOODED, TURNS = 8, 2  # requests under the flood and without it, and of each of 16 streams on one adapter
 _numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class Stream:
     """One request after the other for one adapter (None: the base), or for one after the other that is `drawn`: so many
-    `requests`, or (None) until the streams that have a number are done."""
+    `requests`, or (None) without an end of its own."""
 
     adapter: int | None = None
     prompt: int = 128
@@ -52,7 +54,8 @@ class Stream:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one stream got: times to its first tokens, gaps between tokens, both in seconds, and tokens."""
+    """What one stream got while it was looked at: times to its first tokens, gaps between tokens, both in seconds, and
+    tokens."""
 
     firsts: list[float]
     gaps: list[float]
@@ -71,27 +74,37 @@ class Bench:
         answer.raise_for_status()
 
     def run(self, streams: list[Stream]) -> tuple[list[Seen], float]:
-        """All at once: what each got, and the seconds until the numbered ones were done, which is when the others'
-        tokens cease to count. Raises RuntimeError when a request fails."""
+        """All at once: what each got, and in how many seconds. These are those until the streams with a number of
+        requests were done; if none has one, WINDOW after SETTLE. Raises RuntimeError when a request fails."""
         return asyncio.run(self._run(streams))
 
     def rate(self, streams: list[Stream]) -> float:
-        """Tokens a second of all numbered streams together."""
+        """Tokens a second of all streams together."""
         seen, seconds = self.run(streams)
-        return sum(one.tokens for one, stream in zip(seen, streams, strict=True) if stream.requests) / seconds
+        return sum(one.tokens for one in seen) / seconds
 
     async def _run(self, streams: list[Stream]) -> tuple[list[Seen], float]:
         start, done = time.perf_counter(), asyncio.Event()
         async with Client(self._url, Onebase(self._names), 600) as client:
-            loops = [asyncio.create_task(self._loop(client, one, start, done)) for one in streams]
+            waits = [0.0 if one.requests else at / len(streams) * SETTLE for at, one in enumerate(streams)]
+            loops = [
+                asyncio.create_task(self._loop(client, one, start, wait, done))
+                for one, wait in zip(streams, waits, strict=True)
+            ]
             numbered = [loop for loop, one in zip(loops, streams, strict=True) if one.requests]
-            await asyncio.gather(*numbered)
-            seconds = time.perf_counter() - start
+            if numbered:
+                await asyncio.gather(*numbered)
+            else:
+                await asyncio.sleep(SETTLE + WINDOW)
+            since, until = 0.0 if numbered else SETTLE, time.perf_counter() - start
             done.set()
-            return [_seen(one, seconds) for one in await asyncio.gather(*loops)], seconds
+            return [_seen(one, since, until) for one in await asyncio.gather(*loops)], until - since
 
-    async def _loop(self, client: Client, stream: Stream, start: float, done: asyncio.Event) -> list[Trace]:
+    async def _loop(
+        self, client: Client, stream: Stream, start: float, wait: float, done: asyncio.Event
+    ) -> list[Trace]:
         traces: list[Trace] = []
+        await asyncio.sleep(wait)
         while len(traces) < stream.requests if stream.requests else not done.is_set():
             adapter = stream.adapter if stream.drawn is None else next(stream.drawn)
             traces.append(Trace(Request(next(_numbers), None, adapter, stream.prompt, stream.new, 11)))
@@ -101,9 +114,9 @@ class Bench:
         return traces
 
 
-def _seen(traces: list[Trace], seconds: float) -> Seen:
-    firsts = [trace.ttft for trace in traces if trace.times[0] < seconds]
-    gaps = [gap for trace in traces for gap, at in zip(trace.gaps, trace.times[1:], strict=True) if at < seconds]
+def _seen(traces: list[Trace], since: float, until: float) -> Seen:
+    firsts = [trace.ttft for trace in traces if since <= trace.times[0] < until]
+    gaps = [gap for trace in traces for gap, at in zip(trace.gaps, trace.times[1:], strict=True) if since <= at < until]
     return Seen(firsts, gaps, len(firsts) + len(gaps))
 
 
@@ -111,15 +124,14 @@ def main() -> None:
     """Writes `results/lanes-<dtype>.json` and prints it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--requests", type=int, default=3, help="of each stream, one after the other")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
     arguments = parser.parse_args()
-    report = json.dumps(measure(arguments.dtype, arguments.requests), indent=2)
+    report = json.dumps(measure(arguments.dtype), indent=2)
     (arguments.out / f"lanes-{arguments.dtype}.json").write_text(report + "\n")
     print(report)
 
 
-def measure(dtype: str, requests: int) -> dict[str, Any]:
+def measure(dtype: str) -> dict[str, Any]:
     """All parts on one server."""
     base, needed = materialise(), [Adapter(at, RANK, "attention") for at in range(ROWS)]
     with tempfile.TemporaryDirectory() as data:
@@ -128,16 +140,16 @@ def measure(dtype: str, requests: int) -> dict[str, Any]:
             adapters.register(url, needed, base)
             bench = Bench(url, [one.name for one in needed])
             bench.run([Stream(at, new=4, requests=1) for at in range(ROWS)])  # warm
-            parts = {name: part(bench, requests) for name, part in PARTS.items()}
+            parts = {name: part(bench) for name, part in PARTS.items()}
         finally:
             process.stop()
-    command = f"python -m loadtest.lanes --dtype {dtype} --requests {requests}"
-    return {**stamp(command), "dtype": dtype, "requests": requests, **parts}
+    command = f"python -m loadtest.lanes --dtype {dtype}"
+    return {**stamp(command), "dtype": dtype, **parts}
 
 
-def beside(bench: Bench, requests: int) -> dict[str, float]:
+def beside(bench: Bench) -> dict[str, float]:
     """One interactive row beside 15 rows of other adapters, by turns in the shared lane and in its own."""
-    streams = [Stream(0), *(Stream(at, requests=requests) for at in range(1, ROWS))]
+    streams = [Stream(at) for at in range(ROWS)]
     rates: dict[str, list[float]] = {"shared": [], "merged": []}
     gaps: dict[str, list[float]] = {"shared": [], "merged": []}
     for _ in range(ROUNDS):
@@ -153,7 +165,7 @@ def beside(bench: Bench, requests: int) -> dict[str, float]:
     }
 
 
-def flood(bench: Bench, requests: int) -> dict[str, float]:
+def flood(bench: Bench) -> dict[str, float]:
     """One interactive row under a flood of long prompts; its first token against that of a quiet server."""
     one, prompts = Stream(0, requests=FLOODED), [Stream(at, LONG, 2) for at in range(1, ROWS)]
     bench.lane(0, "merged")
@@ -174,19 +186,19 @@ def flood(bench: Bench, requests: int) -> dict[str, float]:
     }
 
 
-def whole(bench: Bench, requests: int) -> dict[str, float]:
+def whole(bench: Bench) -> dict[str, float]:
     """All 16 rows on one adapter, shared and merged, against the base."""
     rates: dict[str, list[float]] = {"base": [], "shared": [], "merged": []}
     for _ in range(ROUNDS):
-        rates["base"].append(bench.rate([Stream(None, requests=requests)] * ROWS))
+        rates["base"].append(bench.rate([Stream(None, requests=TURNS)] * ROWS))
         for lane in _lanes(bench):
-            rates[lane].append(bench.rate([Stream(0, requests=requests)] * ROWS))
+            rates[lane].append(bench.rate([Stream(0, requests=TURNS)] * ROWS))
     return {"base_tokens_per_s": statistics.median(rates["base"])} | {
         f"{lane} / base": _paired(rates[lane], rates["base"]) for lane in ("shared", "merged")
     }
 
 
-def alone(bench: Bench, requests: int) -> dict[str, float]:
+def alone(bench: Bench) -> dict[str, float]:
     """One stream alone, request by request on the base and merged: whatever else the machine does meets both alike."""
     bench.lane(0, "merged")
     gaps: dict[int | None, list[float]] = {None: [], 0: []}
@@ -198,11 +210,11 @@ def alone(bench: Bench, requests: int) -> dict[str, float]:
     return {"base_gap_p50_ms": _median(gaps[None]), "gap, merged / base": _paired(gaps[0], gaps[None])}
 
 
-def crossover(bench: Bench, requests: int) -> dict[str, dict[str, float]]:
+def crossover(bench: Bench) -> dict[str, dict[str, float]]:
     """Throughput of all 16 rows when some of them are one adapter's, with its own lane over without."""
     found = {}
     for rows in (1, 4, 8, 12, 15, 16):
-        streams = [Stream(at, requests=requests) for at in [0] * rows + list(range(1, ROWS - rows + 1))]
+        streams = [Stream(at) for at in [0] * rows + list(range(1, ROWS - rows + 1))]
         rates = {lane: bench.rate(streams) for lane in _lanes(bench)}
         found[str(rows)] = {"merged / shared": rates["merged"] / rates["shared"]}
     return found
