@@ -114,6 +114,9 @@ def _lanes(run: dict[str, Any]) -> Iterator[Bar]:
     yield Bar(f"{dtype}: the 15 others' tokens/s / without the merged lane", others, at, 0.5)
     tail = flood["gap_p99 / gap_p50"]
     yield Bar(f"{dtype}: merged under a flood of prompts, p99 / median between tokens", tail, at, at_most=2)
+    # Under the flood the usual time between tokens is that of a merged step and of one chunk.
+    chunk, later = flood["gap_p50_ms"] - flood["alone_gap_p50_ms"], flood["ttft_p50_ms"] - flood["alone_ttft_p50_ms"]
+    yield Bar(f"{dtype}: its first token under the flood, later than alone / one chunk", later / chunk, at, at_most=1)
     yield Bar(f"{dtype}: 16 of 16 rows merged / base", run["whole"]["merged / base"], at, 0.98)
     alone = run["alone"]["gap, merged / base"]
     yield Bar(f"{dtype}: alone and merged, time between tokens / base", alone, at, at_most=1.02)
