@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from server.model.bundled import materialise
 
 ROWS, RANK = 16, 8
 LONG = 1024  # tokens of the flood's prompts
-PAIRS, ROUNDS = 30, 3  # of requests alone, and of 16 streams
+PAIRS, ROUNDS = 60, 3  # of requests alone, and of 16 streams
 SETTLE, WINDOW = 5.0, 15.0  # seconds until endless streams have found their rhythm, and that are then looked at
 FLOODED, TURNS = 8, 2  # requests under the flood and without it, and of each of 16 streams on one adapter
 _numbers = itertools.count()
@@ -172,7 +172,7 @@ def flood(bench: Bench) -> dict[str, float]:
     (quiet,), _ = bench.run([one])
     (own, *_), _ = bench.run([one, *prompts])
     bench.lane(0, "shared")
-    (shared, *_), _ = bench.run([one, *prompts])
+    (shared, *_), _ = bench.run([replace(one, requests=2), *prompts])
     return {
         "alone_ttft_p50_ms": _median(quiet.firsts),
         "alone_gap_p50_ms": _median(quiet.gaps),
@@ -204,7 +204,7 @@ def alone(bench: Bench) -> dict[str, float]:
     gaps: dict[int | None, list[float]] = {None: [], 0: []}
     for _ in range(PAIRS):
         for adapter, found in gaps.items():
-            (seen,), _ = bench.run([Stream(adapter, requests=1)])
+            (seen,), _ = bench.run([Stream(adapter, new=64, requests=1)])
             found.append(statistics.median(seen.gaps))
     bench.lane(0, "shared")
     return {"base_gap_p50_ms": _median(gaps[None]), "gap, merged / base": _paired(gaps[0], gaps[None])}
