@@ -18,6 +18,7 @@ from server.core import AdapterRef
 from server.engine.automerge import AutoMerge
 from server.engine.blocks import chain_seed
 from server.engine.calibrate import calibrate
+from server.engine.figures import Figures
 from server.engine.lanes import SHARED
 from server.engine.loading import AdapterLoader
 from server.engine.merging import Builder, LaneMessage, MergedCopies
@@ -31,7 +32,6 @@ from server.engine.messages import (
     Loaded,
     Merge,
     Residency,
-    Stats,
     Stop,
     Submit,
     Unmerge,
@@ -95,7 +95,7 @@ class Engine:
         self._auto_merge = auto_merge
         self._order = 0
         self._fault: OnebaseError | None = None
-        self.stats = Stats(blocks=scheduler.pool.count, slots=bank.capacity)
+        self.stats = Figures(blocks=scheduler.pool.count, slots=bank.capacity)
         self._started = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
@@ -312,20 +312,7 @@ class Engine:
         return adapter in self.stats.copies
 
     def _publish(self) -> None:
-        scheduler, bank, stats = self._scheduler, self._loader.bank, self.stats
-        stats.running, stats.waiting, stats.loading = (
-            len(scheduler.running),
-            len(scheduler.waiting),
-            len(self._loader),
-        )
-        stats.blocks_used, stats.preemptions = scheduler.pool.used, scheduler.preemptions
-        stats.resident, stats.slot_bytes = bank.digests(), bank.bytes
-        stats.slot_references, stats.slot_evictions, stats.slot_loads = bank.references, bank.evictions, bank.loads
-        stats.prefetches = dict(self._loader.prefetches)
-        if self._merged or stats.copies or stats.merged_bytes:
-            self._merged.count()
-            stats.copies, stats.merged_bytes = self._merged.figures(), self._merged.nbytes
-            stats.merged_byte_seconds, stats.lane_changes = dict(self._merged.byte_seconds), dict(self._merged.changes)
+        self.stats.take(self._scheduler, self._loader, self._merged)
         if self._events:
             events, self._events = self._events, []
             self._emit(events)

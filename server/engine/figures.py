@@ -1,0 +1,28 @@
+"""The engine's figures, as its parts have them after a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.engine.loading import AdapterLoader
+from server.engine.merging import MergedCopies
+from server.engine.messages import Stats
+from server.engine.scheduler import Scheduler
+
+
+@dataclass(slots=True)
+class Figures(Stats):
+    """Filled in by the engine's thread, read by all others."""
+
+    def take(self, scheduler: Scheduler, loader: AdapterLoader, merged: MergedCopies) -> None:
+        """Takes over what the parts count themselves."""
+        bank = loader.bank
+        self.running, self.waiting, self.loading = len(scheduler.running), len(scheduler.waiting), len(loader)
+        self.blocks_used, self.preemptions = scheduler.pool.used, scheduler.preemptions
+        self.resident, self.slot_bytes = bank.digests(), bank.bytes
+        self.slot_references, self.slot_evictions, self.slot_loads = bank.references, bank.evictions, bank.loads
+        self.prefetches = dict(loader.prefetches)
+        if merged or self.copies or self.merged_bytes:
+            merged.count()
+            self.copies, self.merged_bytes = merged.figures(), merged.nbytes
+            self.merged_byte_seconds, self.lane_changes = dict(merged.byte_seconds), dict(merged.changes)
