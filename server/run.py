@@ -59,7 +59,7 @@ class DrainingServer(uvicorn.Server):
         log.info("draining: %d requests open, at most %g s", self._state.client.open_requests, seconds)
         waits = [asyncio.create_task(one) for one in (self._state.client.drain(seconds), self._hurry.wait())]
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if self._state.client.open_requests:
+        if self._state.client.open_requests or self._state.client.changing:
             await self._state.client.close()  # what is still open ends with an error, which is still delivered
         self.should_exit = True
 

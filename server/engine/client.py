@@ -77,6 +77,11 @@ class EngineClient:
         return len(self._streams)
 
     @property
+    def changing(self) -> bool:
+        """Whether somebody waits for a lane."""
+        return bool(self._changes)
+
+    @property
     def ready(self) -> bool:
         """Whether new requests are taken and the engine runs and, if it has work, steps."""
         return self._engine is not None and self._engine.alive and not self.draining and not self.stalled
