@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= $(or $(ONEBASE_PORT),8000)
 BASE ?= $(or $(ONEBASE_BASE),smollm2-135m)
+AUTH ?= $(or $(ONEBASE_AUTH),off)
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .PHONY: setup serve demo test lint format bench clean
@@ -19,7 +20,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 serve: setup
-	$(BIN)/onebase serve --base "$(BASE)" --port "$(PORT)" --preload adapters
+	$(BIN)/onebase serve --base "$(BASE)" --port "$(PORT)" --auth "$(AUTH)" --preload adapters
 
 demo: setup
 	$(BIN)/python -m server.demo

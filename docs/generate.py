@@ -17,7 +17,8 @@ from pydantic import TypeAdapter
 from loadtest import arrivals, comparison, lengths, popularity, workload
 from loadtest.bars import bars_table, measured
 from server import errors
-from server.api.schemas import GenerateRequest, LanePatch, Message, Rollback, Source
+from server.api import tenancy
+from server.api.schemas import AdapterPatch, GenerateRequest, Message, Rollback, Source
 from server.settings import GIB, MIB, Settings
 
 DOCS = Path(__file__).parent
@@ -53,14 +54,67 @@ MEANING = {
     "version": "the version that becomes current",
     "lane": "`merged`: one of its own; `shared`: with all others; null: as it is",
     "pinned": "true: its merged copy never goes for another's sake; null: as it is",
+    "public": "true: all tenants may use it; false: only its owner; null: as it is",
     "source": "`file://`, `hf://` or `s3://` address of a directory or repository",
 }
 
 _BODIES = (
-    ("PATCH /adapters/<name>", LanePatch),
+    ("PATCH /adapters/<name>", AdapterPatch),
     ("POST /adapters/<name>/rollback", Rollback),
     ("PUT /adapters/<name>", Source),
 )
+
+
+TENANT = {
+    "id": "its name; `POST` only",
+    "weight": "its share of the engine beside the others'; 1 at first",
+    "classes": "the `priority` that its requests may ask for; both at first",
+    "max_adapters": "adapters that it may store",
+    "max_adapter_bytes": "bytes that it may store",
+    "customer": "what the billing system calls it, where that is not `id`",
+    "disabled": "whether its keys are refused; `PATCH` only",
+    "limits.rpm_limit": "requests a minute",
+    "limits.tpm_limit": "tokens a minute, prompt + max_tokens; what was not used is given back at the end",
+    "limits.max_parallel_requests": "requests that run at once",
+    "limits.max_budget": "micro-dollars of a `budget_duration`; what requests cost, not storage",
+    "limits.soft_budget": "micro-dollars after which the log warns",
+    "limits.budget_duration": "windows are whole multiples of it since 1970, in UTC; null: a budget is for ever",
+    "limits.allowed_adapters": "names; the base is always allowed",
+    "prices.prompt": "of a million prompt tokens that are not cached, micro-dollars",
+    "prices.cached": "of a million cached ones",
+    "prices.completion": "of a million completion tokens",
+    "prices.adapter_gb_day": "of 10^9 bytes stored for a day",
+    "prices.merged_gb_hour": "of 10^9 bytes of merged copies for an hour",
+    "prices.rank_classes": "pairs of largest rank and thousandths, ascending: what token prices are multiplied with",
+}
+KEY = {
+    "scopes": "any of `generate`, `adapters:write`, `usage:read`, `admin`",
+    "name": "what it is for",
+    "expires": "seconds since 1970 or ISO 8601; null: never",
+}
+
+
+def tenant_table() -> str:
+    """The body of `POST` and `PATCH /admin/tenants`."""
+    whole = {**_props(tenancy.NewTenant), **_props(tenancy.TenantPatch)}
+    parts = {"limits": tenancy.LimitsBody, "prices": tenancy.PricesBody}
+    props = {name: prop for name, prop in whole.items() if name not in parts}
+    props |= {f"{part}.{name}": prop for part, model in parts.items() for name, prop in _props(model).items()}
+    return _markdown(("field", "type and bounds", "meaning"), _rows(props, TENANT))
+
+
+def key_table() -> str:
+    """The body of `POST /admin/tenants/{tenant}/keys`."""
+    return _markdown(("field", "type and bounds", "meaning"), _rows(_props(tenancy.NewKeyBody), KEY))
+
+
+def _props(model: Any) -> dict[str, Any]:
+    found: dict[str, Any] = model.model_json_schema()["properties"]
+    return found
+
+
+def _rows(props: dict[str, Any], meaning: dict[str, str]) -> list[tuple[str, ...]]:
+    return [(f"`{name}`", _kind(prop), meaning[name]) for name, prop in props.items()]
 
 
 def settings_table() -> str:
@@ -211,16 +265,31 @@ def automerge_table() -> str:
     return f"{_markdown(head, rows)}\n{stamps}\n"
 
 
+def tenants_table() -> str:
+    """What a flooding tenant does to another, and what keys and the ledger cost."""
+    runs = [json.loads((RESULTS / f"tenants-{dtype}.json").read_text()) for dtype in measured(RESULTS, "tenants")]
+    rows = []
+    for run in runs:
+        parts = {f"{count} streams, alone and beside a flood": found for count, found in run["fair"].items()}
+        parts |= {"a tiny request": run["auth"], "16 streams and the ledger": run["metering"]}
+        rows += [(run["dtype"], what, name, f"{found[name]:.3g}") for what, found in parts.items() for name in found]
+    stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
+    return f"{_markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "settings": settings_table,
     "request": request_table,
     "bodies": bodies_table,
+    "tenant": tenant_table,
+    "key": key_table,
     "errors": errors_table,
     "measured": measured_table,
     "anatomy": anatomy_table,
     "growth": growth_table,
     "lanes": lanes_table,
     "automerge": automerge_table,
+    "tenants": tenants_table,
     "bars": lambda: bars_table(RESULTS),
     "workload": workload_table,
     "laws": laws_table,

@@ -55,6 +55,8 @@ def bars(results: Path) -> Iterator[Bar]:
     for dtype in measured(results, "automerge"):
         run = _read(results, f"automerge-{dtype}")
         yield Bar(f"{dtype}: AUTO_MERGE on / off, Zipf 1.5", run["zipf"]["on / off"], run["commit"], 0.98)
+    for dtype in measured(results, "tenants"):
+        yield from _tenants(_read(results, f"tenants-{dtype}"))
 
 
 def bars_table(results: Path) -> str:
@@ -120,6 +122,16 @@ def _lanes(run: dict[str, Any]) -> Iterator[Bar]:
     yield Bar(f"{dtype}: 16 of 16 rows merged / base", run["whole"]["merged / base"], at, 0.98)
     alone = run["alone"]["gap, merged / base"]
     yield Bar(f"{dtype}: alone and merged, time between tokens / base", alone, at, at_most=1.02)
+
+
+def _tenants(run: dict[str, Any]) -> Iterator[Bar]:
+    dtype, at = run["dtype"], run["commit"]
+    for count, found in run["fair"].items():
+        what = f"{dtype}: {count} streams of a tenant beside another's flood / alone"
+        yield Bar(f"{what}, tokens/s", found["tokens_per_s, beside / alone"], at, 0.45)
+        yield Bar(f"{what}, p99 to the first token", found["ttft_p99, beside / alone"], at, at_most=2)
+    yield Bar(f"{dtype}: AUTH on, ms added to a request", run["auth"]["on - off, ms"], at, at_most=1)
+    yield Bar(f"{dtype}: 16 streams with the ledger / without", run["metering"]["metered / unmetered"], at, 0.98)
 
 
 def _paired(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:

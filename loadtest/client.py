@@ -63,15 +63,20 @@ class Fault(Exception):
 
 
 class Client:
-    """One server. Every request has a connection of its own: none waits for another's, and none is found closed."""
+    """One server, and the `key` to it where it needs one. Every request has a connection of its own: none waits for
+    another's, and none is found closed."""
 
-    def __init__(self, url: str, dialect: Dialect, timeout: float = TIMEOUT):
+    def __init__(self, url: str, dialect: Dialect, timeout: float = TIMEOUT, key: str | None = None):
+        self._headers = {"Authorization": f"Bearer {key}"} if key else None
         self._url, self._dialect = url.rstrip("/") + dialect.path, dialect
         self._timeout = aiohttp.ClientTimeout(total=timeout)
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=self._timeout, read_bufsize=LINE
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            timeout=self._timeout,
+            read_bufsize=LINE,
+            headers=self._headers,
         )
         return self
 

@@ -63,10 +63,11 @@ class Seen:
 
 
 class Bench:
-    """A server, and streams that are sent to it."""
+    """A server, with the key to it if it needs one, and streams that are sent to it; endless ones are looked at for
+    `window` seconds."""
 
-    def __init__(self, url: str, names: list[str]):
-        self._url, self._names = url, names
+    def __init__(self, url: str, names: list[str], *, key: str | None = None, window: float = WINDOW):
+        self._url, self._names, self._key, self._window = url, names, key, window
 
     def lane(self, number: int, lane: str) -> None:
         """Moves an adapter."""
@@ -75,7 +76,7 @@ class Bench:
 
     def run(self, streams: list[Stream]) -> tuple[list[Seen], float]:
         """All at once: what each got, and in how many seconds. These are those until the streams with a number of
-        requests were done; if none has one, WINDOW after SETTLE. Raises RuntimeError when a request fails."""
+        requests were done; if none has one, `window` after SETTLE. Raises RuntimeError when a request fails."""
         return asyncio.run(self._run(streams))
 
     def rate(self, streams: list[Stream]) -> float:
@@ -85,7 +86,7 @@ class Bench:
 
     async def _run(self, streams: list[Stream]) -> tuple[list[Seen], float]:
         start, done = time.perf_counter(), asyncio.Event()
-        async with Client(self._url, Onebase(self._names), 600) as client:
+        async with Client(self._url, Onebase(self._names), 600, self._key) as client:
             waits = [0.0 if one.requests else at / len(streams) * SETTLE for at, one in enumerate(streams)]
             loops = [
                 asyncio.create_task(self._loop(client, one, start, wait, done))
@@ -95,7 +96,7 @@ class Bench:
             if numbered:
                 await asyncio.gather(*numbered)
             else:
-                await asyncio.sleep(SETTLE + WINDOW)
+                await asyncio.sleep(SETTLE + self._window)
             since, until = 0.0 if numbered else SETTLE, time.perf_counter() - start
             done.set()
             return [_seen(one, since, until) for one in await asyncio.gather(*loops)], until - since

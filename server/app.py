@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import shutil
+import sys
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,8 @@ import torch
 from fastapi import FastAPI
 
 from server import machine
-from server.api import adapters, errors, generate, health, limits
+from server.api import adapters, admin, errors, generate, health, limits, usage
+from server.api.held import Sampler
 from server.api.lanes import EngineLanes, restore
 from server.api.schemas import ErrorEnvelope
 from server.api.state import State
@@ -34,6 +36,8 @@ from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
+from server.tenants.accounts import Accounts, Outlet
+from server.tenants.database import open_database
 
 log = logging.getLogger("onebase.app")
 
@@ -60,26 +64,11 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
     )
     state, engine = build(settings, base)
 
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        # What was loaded lives as long as the process; a full collection would walk it all and hold every stream up.
-        gc.collect()
-        gc.freeze()
-        state.client.attach(engine)
-        state.registry.lanes = EngineLanes(state.client)
-        restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
-        try:
-            yield
-        finally:
-            restoring.cancel()
-            await state.client.close()
-            gc.unfreeze()
-
     app = FastAPI(
         title="onebase",
         version=version("onebase"),
         description="One frozen base model, shared by many LoRA adapters.",
-        lifespan=lifespan,
+        lifespan=lambda app: running(state, engine),
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # such an answer repeats the Host header
@@ -88,10 +77,40 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
     app.state.onebase = state
     app.add_middleware(limits.BodyLimit, limit=limits.by_kind(settings.max_upload_bytes))
     errors.install(app)
-    app.include_router(generate.router)
-    app.include_router(adapters.router)
-    app.include_router(health.router)
+    for part in (generate, adapters, usage, admin, health):
+        app.include_router(part.router)
     return app
+
+
+@contextlib.asynccontextmanager
+async def running(state: State, engine: Engine) -> AsyncIterator[None]:
+    """Accounts and engine, from the first request to the last."""
+    # What was loaded lives as long as the process; a full collection would walk it all and hold every stream up.
+    gc.collect()
+    gc.freeze()
+    database = await open_database(state.settings.database)
+    state.accounts, token = await Accounts.open(database, outlet(state.settings))
+    if token is not None:
+        print(f"The admin key, for AUTH=on; it is shown this once:\n{token}", file=sys.stderr, flush=True)
+    state.client.attach(engine)
+    state.registry.lanes = EngineLanes(state.client)
+    restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
+    try:
+        async with Sampler(state):
+            yield
+    finally:
+        restoring.cancel()
+        await state.client.close()
+        await state.accounts.close()
+        gc.unfreeze()
+
+
+def outlet(settings: Settings) -> Outlet | None:
+    """Where usage events go; None: nowhere."""
+    if not settings.events_url:
+        return None
+    token = settings.events_token.get_secret_value()
+    return Outlet(settings.events_url, settings.events_format, token, settings.events_source)
 
 
 def build(settings: Settings, base: Base) -> tuple[State, Engine]:
@@ -130,8 +149,8 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
 def within_rank(fetch: Callable[[str], AdapterWeights], max_rank: int) -> Callable[[str], AdapterWeights]:
     """`fetch`, refusing adapters that were stored when MAX_RANK was larger: the GPU's tables have no room for them."""
 
-    def checked(digest: str) -> AdapterWeights:
-        weights = fetch(digest)
+    def checked(key: str) -> AdapterWeights:
+        weights = fetch(key)
         if weights.rank > max_rank:
             raise AdapterUnavailable(f"the adapter's rank {weights.rank} is over this server's MAX_RANK of {max_rank}")
         return weights

@@ -56,8 +56,23 @@ class AdapterVersion:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """The exact weights that a request runs on. Every cache, slot and answer is keyed by `digest`."""
+    """The exact weights that a request runs on, and the tenant that owns them. Answers name the `digest`; caches and
+    slots go by the `key`."""
 
     name: str
     version: int
     digest: str
+    rank: int = 0
+    tenant: str = DEFAULT_TENANT
+
+    @property
+    def key(self) -> str:
+        """By what the weights are found in RAM and on the device: digest and owner, so that nobody can tell by their
+        being there, or by the time of a load, that another tenant has the same bytes. The digest alone is the default
+        tenant's, which often is the only one."""
+        return self.digest if self.tenant == DEFAULT_TENANT else f"{self.digest}@{self.tenant}"
+
+
+def digest_in(key: str) -> str:
+    """The digest of an `AdapterRef.key`: where the bytes are on disk, whoever owns them."""
+    return key.partition("@")[0]

@@ -1,4 +1,5 @@
-"""`make demo`: starts a server, asks the base and every shipped adapter the same questions over HTTP, shows a table."""
+"""`make demo`: starts a server with AUTH on; two tenants put the shipped adapters and ask them and the base the same
+questions over HTTP. Shows what each answer costs and what each tenant owes, which must be the same."""
 
 from __future__ import annotations
 
@@ -21,9 +22,8 @@ import httpx
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
 
+from server.demoview import Answers, answers_table, bill_table
 from server.settings import Settings
 
 ADAPTERS = Path(__file__).resolve().parent.parent / "adapters"
@@ -32,8 +32,11 @@ START_SECONDS = 300.0  # the first start converts the base
 ANSWER_SECONDS = 300.0
 STOP_SECONDS = 20.0
 LOG_LINES = 30
-QUESTION_CHARS, ANSWER_CHARS = 280, 320  # shown of each
+TENANTS = ("acme", "globex")
+SCOPES = ["generate", "adapters:write", "usage:read"]
+START = time.time()
 WIDTH = 120  # of the table where there is no terminal
+_ADMIN_KEY = re.compile(r"^(ob_\S+)$", re.MULTILINE)
 _LISTENING = re.compile(r"running on (http://\S+)")
 
 
@@ -128,68 +131,90 @@ def questions(folder: Path = ADAPTERS) -> list[Question]:
     return found
 
 
-def ask(url: str, question: Question, adapter: str | None) -> dict[str, Any]:
-    """The answer of `adapter`, or of the base (None). Raises DemoFailed when there is none."""
-    who = adapter or "the base"
+def admin_of(running: Server) -> httpx.Client:
+    """A client with the admin key that the server showed at its first start."""
+    found = _ADMIN_KEY.search(running.log())
+    if not found:
+        raise DemoFailed("the server showed no admin key")
+    return client(running.url, found[1])
+
+
+def client(url: str, token: str) -> httpx.Client:
+    """A client that sends this key."""
+    return httpx.Client(base_url=url, timeout=ANSWER_SECONDS, headers={"Authorization": f"Bearer {token}"})
+
+
+def call(http: httpx.Client, method: str, path: str, **more: Any) -> Any:
+    """The answer's JSON. Raises DemoFailed when it is none or a refusal."""
     try:
-        response = httpx.post(f"{url}/v1/generate", json=question.body | {"adapter": adapter}, timeout=ANSWER_SECONDS)
+        response = http.request(method, path, **more)
     except httpx.HTTPError as fault:
-        raise DemoFailed(f"no answer from {who}: {fault}") from fault
-    if response.status_code != 200:
-        raise DemoFailed(f"{who} answered {response.status_code}: {response.text[:300]}")
-    body: dict[str, Any] = response.json()
+        raise DemoFailed(f"no answer to {method} {path}: {fault}") from fault
+    if not response.is_success:
+        raise DemoFailed(f"{method} {path} was answered {response.status_code}: {response.text[:300]}")
+    return response.json()
+
+
+def settle_in(admin: httpx.Client, asked: list[Question]) -> dict[str, httpx.Client]:
+    """Two tenants, each with a key and with the adapters of its own questions: clients by adapter."""
+    clients = {}
+    for at, name in enumerate(TENANTS):
+        call(admin, "POST", "/admin/tenants", json={"id": name})
+        made = call(admin, "POST", f"/admin/tenants/{name}/keys", json={"scopes": SCOPES})
+        http = client(str(admin.base_url), made["token"])
+        for question in asked[at :: len(TENANTS)]:
+            folder = ADAPTERS / question.adapter
+            files = {
+                "config": (folder / "adapter_config.json").read_bytes(),
+                "weights": (folder / "adapter_model.safetensors").read_bytes(),
+            }
+            call(http, "PUT", f"/adapters/{question.adapter}", files=files)
+            clients[question.adapter] = http
+    return clients
+
+
+def ask(http: httpx.Client, question: Question, adapter: str | None) -> dict[str, Any]:
+    """The answer of `adapter`, or of the base (None). Raises DemoFailed when there is none."""
+    body: dict[str, Any] = call(http, "POST", "/v1/generate", json=question.body | {"adapter": adapter})
     if body["adapter"]["name"] != adapter or not body["choices"][0]["text"].strip():
-        raise DemoFailed(f"{who} gave no usable answer: {response.text[:300]}")
+        raise DemoFailed(f"{adapter or 'the base'} gave no usable answer: {json.dumps(body)[:300]}")
     return body
 
 
-def ask_all(url: str, asked: list[Question], progress: Progress) -> dict[tuple[str, str | None], dict[str, Any]]:
+def ask_all(clients: dict[str, httpx.Client], asked: list[Question], progress: Progress) -> Answers:
     """Every question to its adapter and to the base, all at once: they share the server's batch."""
     wanted = [(question, adapter) for question in asked for adapter in (None, question.adapter)]
     task = progress.add_task(f"answers: 0 of {len(wanted)}", total=len(wanted))
     answers = {}
     with ThreadPoolExecutor(len(wanted)) as threads:
-        jobs = {threads.submit(ask, url, one, adapter): (one.adapter, adapter) for one, adapter in wanted}
+        jobs = {
+            threads.submit(ask, clients[one.adapter], one, adapter): (one.adapter, adapter) for one, adapter in wanted
+        }
         for job in as_completed(jobs):
             answers[jobs[job]] = job.result()
             progress.update(task, advance=1, description=f"answers: {len(answers)} of {len(wanted)}")
     return answers
 
 
-def table(asked: list[Question], answers: dict[tuple[str, str | None], dict[str, Any]]) -> Table:
-    """Two rows a question: what the base says, what the adapter says."""
-    shown = Table(title="The same question to the base and to its adapter", title_justify="left", expand=True)
-    shown.caption, shown.caption_justify = "tokens: prompt + answer; cost: micro-dollars", "left"
-    for name, ratio in (("question", 7), ("answer", 9)):
-        shown.add_column(name, ratio=ratio, overflow="fold")
-    for name in ("adapter", "lane"):
-        shown.add_column(name, no_wrap=True)
-    for name in ("tokens", "cost"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for question in asked:
-        for adapter in (None, question.adapter):
-            body = answers[question.adapter, adapter]
-            usage = body["usage"]
-            shown.add_row(
-                Text(shorten(question.text, QUESTION_CHARS) if adapter is None else "(the same question)"),
-                Text(shorten(body["choices"][0]["text"], ANSWER_CHARS)),
-                Text(adapter or "(base)"),
-                body["adapter"]["lane"],
-                f"{usage['prompt_tokens']} + {usage['completion_tokens']}",
-                str(usage["cost_microusd"]),
-                end_section=adapter is not None,
-            )
-    return shown
-
-
-def shorten(text: str, width: int) -> str:
-    """One line of at most `width` characters, cut between words."""
-    line = " ".join(text.split())
-    return line if len(line) <= width else line[: width - 1].rsplit(" ", 1)[0] + "…"
+def bills(clients: dict[str, httpx.Client], answers: Answers) -> list[dict[str, Any]]:
+    """Every tenant's bills of the months in which its answers were made. Raises DemoFailed where they do not add up to
+    what the answers said that they cost."""
+    found = []
+    for http in dict.fromkeys(clients.values()):
+        mine = [answer for (adapter, _), answer in answers.items() if clients[adapter] is http]
+        said = sum(answer["usage"]["cost_microusd"] for answer in mine)
+        months = sorted({time.strftime("%Y-%m", time.gmtime(moment)) for moment in (START, time.time())})
+        invoices = [call(http, "GET", f"/v1/invoices/{month}") for month in months]
+        lines = [line for invoice in invoices for line in invoice["lines"] if line["unit"] == "tokens"]
+        billed = sum(line["amount_microusd"] for line in lines)
+        if billed != said:
+            raise DemoFailed(f"{invoices[0]['tenant']}'s answers cost {said} micro-dollars, its bill says {billed}")
+        found += [invoice for invoice in invoices if invoice["lines"]]
+    return found
 
 
 def main() -> int:
-    """The exit status: 0 only if every answer came."""
+    """The exit status: 0 only if every answer came and the bills are what the answers cost."""
     signal.signal(signal.SIGTERM, _leave)  # so that the server is stopped too
     out, errors = Console(), Console(stderr=True, highlight=False, markup=False)
     if not out.is_terminal and "COLUMNS" not in os.environ:
@@ -198,18 +223,23 @@ def main() -> int:
     progress = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
     try:
         asked = questions()
-        with server("--preload", str(ADAPTERS)) as running, progress:
+        with server("--auth", "on") as running, progress:
             starting = progress.add_task("starting the server (the first start converts the base)", total=None)
             running.wait_ready()
             progress.remove_task(starting)
-            answers = ask_all(running.url, asked, progress)
+            clients = settle_in(admin_of(running), asked)
+            answers = ask_all(clients, asked, progress)
+            owed = bills(clients, answers)
     except DemoFailed as fault:
         errors.print(f"the demo failed: {fault}", style="red", soft_wrap=True)
         if fault.log:
             lines = fault.log.splitlines()[-LOG_LINES:]
             errors.print("\n".join(["the server's last lines:", *lines]), soft_wrap=True)
         return 1
-    out.print(table(asked, answers))
+    whose = {question.adapter: TENANTS[at % len(TENANTS)] for at, question in enumerate(asked)}
+    out.print(answers_table([(one.adapter, one.text) for one in asked], answers, whose))
+    for invoice in owed:
+        out.print(bill_table(invoice))
     return 0
 
 

@@ -6,22 +6,34 @@ or a path of this machine.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 
 class OnebaseError(Exception):
-    """A fault with a reason for the user: `message`, `code`, the `param` at fault, and an HTTP `status`."""
+    """A fault with a reason for the user: `message`, `code`, the `param` at fault, and an HTTP `status`.
+
+    `headers` are sent with the answer, `Retry-After` (`retry_after`, whole seconds) aside.
+    """
 
     status = 500
     type = "server_error"
     code = "internal_error"
 
     def __init__(
-        self, message: str, *, code: str | None = None, param: str | None = None, retry_after: int | None = None
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.message = message
         self.code = code or type(self).code
         self.param = param
         self.retry_after = retry_after
+        self.headers = dict(headers or {})
 
     def envelope(self) -> dict[str, dict[str, str | None]]:
         """The public form: `{"error": {"message", "type", "param", "code"}}`."""
@@ -46,6 +58,19 @@ class TooLarge(OnebaseError):
     status, type, code = 413, "invalid_request_error", "too_large"
 
 
+class Unauthorized(OnebaseError):
+    """No key, or none that may be used: unknown, revoked, expired, or of a disabled tenant, all in the same words, so
+    that an answer says nothing about which keys exist (401)."""
+
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no valid API key: send the header `Authorization: Bearer ob_<id>_<secret>`",
+            headers={"WWW-Authenticate": 'Bearer realm="onebase"'},
+        )
+
+
 class Forbidden(OnebaseError):
     """Something the settings do not allow this caller (403)."""
 
@@ -56,6 +81,12 @@ class AdapterNotFound(OnebaseError):
     """No adapter, or no version, of that name (404)."""
 
     status, type, code = 404, "not_found_error", "adapter_not_found"
+
+
+class TenantNotFound(OnebaseError):
+    """No tenant of that name, or no such key of it; only admin calls say so (404)."""
+
+    status, type, code = 404, "not_found_error", "tenant_not_found"
 
 
 class Conflict(OnebaseError):
@@ -70,10 +101,22 @@ class PreconditionFailed(OnebaseError):
     status, type, code = 412, "precondition_error", "precondition_failed"
 
 
+class RateLimited(OnebaseError):
+    """The tenant's own limit is reached (429, with `x-ratelimit-*`, and `Retry-After` where waiting helps)."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limited"
+
+
 class Overloaded(OnebaseError):
     """The server's own limit is reached, or it is draining (503, with `Retry-After`)."""
 
     status, type, code = 503, "overloaded_error", "overloaded"
+
+
+class LedgerUnavailable(OnebaseError):
+    """What a request uses cannot be written down at present (503, with `Retry-After`)."""
+
+    status, type, code = 503, "overloaded_error", "ledger_unavailable"
 
 
 class AdapterUnavailable(OnebaseError):

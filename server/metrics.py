@@ -1,8 +1,8 @@
-"""The engine's and the cache's figures as Prometheus metrics."""
+"""The figures of engine, cache, ledger and outbox as Prometheus metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry
@@ -95,8 +95,78 @@ def _lanes(s: Stats) -> Iterator[Metric]:
     yield changes
 
 
-def make_registry(stats: Stats, cache: CacheFigures, registered: int) -> CollectorRegistry:
+class LedgerFigures(Protocol):
+    """What is read of the ledger."""
+
+    @property
+    def lag_seconds(self) -> float: ...
+    @property
+    def queued(self) -> int: ...
+
+    commits: int
+    failures: int
+
+
+class AdmissionFigures(Protocol):
+    """What is read of the tenants' limits: refusals by code, and windows that went over a soft budget."""
+
+    @property
+    def refused(self) -> Mapping[str, int]: ...
+
+    soft_warnings: int
+
+
+class OutboxFigures(Protocol):
+    """What is read of the outbox."""
+
+    @property
+    def oldest_seconds(self) -> float: ...
+
+    waiting: int
+    delivered: int
+    parked: int
+    dropped: int
+    failures: int
+
+
+class TenantsCollector(Collector):
+    """Ledger, limits and outbox (None: events go nowhere). No label names a tenant: whoever scrapes is none of them."""
+
+    def __init__(self, ledger: LedgerFigures, admission: AdmissionFigures, outbox: OutboxFigures | None):
+        self._ledger, self._admission, self._outbox = ledger, admission, outbox
+
+    def collect(self) -> Iterator[Metric]:
+        """Yields every family."""
+        ledger, admission = self._ledger, self._admission
+        yield GaugeMetricFamily(
+            "onebase_ledger_lag_seconds", "Age of the oldest uncommitted entry.", ledger.lag_seconds
+        )
+        yield GaugeMetricFamily("onebase_ledger_queued", "Entries that are not committed.", ledger.queued)
+        yield CounterMetricFamily("onebase_ledger_commits", "Commits, each of one or more entries.", ledger.commits)
+        yield CounterMetricFamily("onebase_ledger_failures", "Commits that the database refused.", ledger.failures)
+        refused = CounterMetricFamily("onebase_limit_refusals", "Requests over their tenant's limit.", labels=["code"])
+        for code, count in sorted(admission.refused.items()):
+            refused.add_metric([code], count)
+        yield refused
+        yield CounterMetricFamily("onebase_soft_budget_warnings", "Budget windows over it.", admission.soft_warnings)
+        if self._outbox is not None:
+            yield from _outbox(self._outbox)
+
+
+def _outbox(figures: OutboxFigures) -> Iterator[Metric]:
+    oldest = figures.oldest_seconds
+    yield GaugeMetricFamily("onebase_outbox_oldest_seconds", "Age of the oldest undelivered event.", oldest)
+    yield GaugeMetricFamily("onebase_outbox_waiting", "Events that are not delivered.", figures.waiting)
+    yield CounterMetricFamily("onebase_outbox_failures", "Calls that the sink did not take.", figures.failures)
+    events = CounterMetricFamily("onebase_outbox_events", "Events that left the outbox.", labels=["outcome"])
+    for outcome in ("delivered", "parked", "dropped"):
+        events.add_metric([outcome], getattr(figures, outcome))
+    yield events
+
+
+def make_registry(stats: Stats, cache: CacheFigures, registered: int, tenants: TenantsCollector) -> CollectorRegistry:
     """A registry of our own around one snapshot."""
     registry = CollectorRegistry()
+    registry.register(tenants)
     registry.register(EngineCollector(stats, cache, registered))
     return registry

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
-import os
 import socket
 import sys
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from server.api.state import State
 from server.app import create_app
+from server.datadir import own
 from server.errors import OnebaseError
 from server.model.attention import UnsupportedAttention
 from server.model.bundled import BaseUnavailable
@@ -64,19 +62,6 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def _own(data_dir: Path) -> None:
-    """Locks the data directory for as long as this process lives; raises OSError if another server has it."""
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(data_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o600)  # closed, and unlocked, by the exit
-    except OSError as fault:
-        raise OSError(f"cannot use the data directory {data_dir}: {fault.strerror}") from fault
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OSError(f"another onebase server uses the data directory {data_dir}") from None
-
-
 def _check_port(host: str, port: int) -> None:
     """Raises OSError at once if the port cannot be had, rather than after the base has been loaded."""
     try:
@@ -95,7 +80,7 @@ def serve(settings: Settings) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         _check_port(settings.host, settings.port)
-        _own(settings.data_dir)
+        own(settings.data_dir)
         app = create_app(settings)
     except (BaseUnavailable, UnsupportedAttention, OnebaseError, OSError) as fault:
         log.error("%s", fault)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024**2
@@ -16,7 +17,9 @@ LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 class Settings(BaseSettings):
     """The server's settings. Sizes are bytes, lengths are tokens, times are seconds."""
 
-    model_config = SettingsConfigDict(env_prefix="ONEBASE_", extra="ignore", validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ONEBASE_", extra="ignore", validate_default=True, hide_input_in_errors=True
+    )
 
     base: str = Field("smollm2-135m", description="smollm2-135m, org/name[@revision], a directory, or a .gguf file")
     base_names: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -31,8 +34,23 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path("~/.local/share/onebase"), description="adapters and converted models")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
-    auth: Literal["off"] = Field("off", description="off: everything belongs to the default tenant")
+    auth: Literal["off", "on"] = Field("off", description="on: calls need keys; off: all is the default tenant's")
+    database_url: str = Field(
+        "", description="of tenants, keys and the ledger: sqlite:///file or postgresql://…; empty: SQLite in DATA_DIR"
+    )
     insecure: bool = Field(False, description="allow AUTH=off on an address that others can reach")
+    events_url: str = Field("", description="http(s) address that gets an event of every request; empty: no events")
+    events_format: Literal["cloudevents", "stripe", "lago", "openmeter"] = Field(
+        "cloudevents", description="what EVENTS_URL takes; the meter (Stripe) or metric (Lago) is called llm_usage"
+    )
+    events_token: SecretStr = Field(SecretStr(""), description="sent to EVENTS_URL as a bearer token; never shown")
+    events_source: str = Field(
+        "onebase",
+        min_length=1,
+        max_length=128,
+        pattern=r"^[!-~]+$",
+        description="the events' CloudEvents source: one of its own for each database, and always the same",
+    )
 
     ram_cache_bytes: int = Field(2 * GIB, ge=0, description="adapters kept in RAM")
     adapter_slots: int = Field(32, ge=1, le=4096, description="adapters on the device at once")
@@ -76,6 +94,29 @@ class Settings(BaseSettings):
             return value.expanduser().absolute() if value else None
         except RuntimeError as fault:  # a user without a home
             raise ValueError(f"{value}: {fault}") from fault
+
+    @field_validator("events_url")
+    @classmethod
+    def _address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if value and (parts.scheme not in ("http", "https") or not parts.hostname):
+            raise ValueError("an address is http:// or https://")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("a secret belongs into EVENTS_TOKEN, not into the address")
+        return value
+
+    @field_validator("events_token")
+    @classmethod
+    def _one_header(cls, value: SecretStr) -> SecretStr:
+        token = value.get_secret_value()
+        if not (token.isascii() and (token.isprintable() or not token)):
+            raise ValueError("a token is printable ASCII")
+        return value
+
+    @property
+    def database(self) -> str:
+        """The URL of the database."""
+        return self.database_url or f"sqlite:///{self.data_dir / 'onebase.db'}"
 
     @model_validator(mode="after")
     def _refuse_open_server(self) -> Self:

@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 from transformers.utils import logging as hf_logging
 
+from tests.databases import anyio_backend, database, database_url, postgres  # noqa: F401 - fixtures
+
 hf_logging.disable_progress_bar()
 
 

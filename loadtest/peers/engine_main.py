@@ -68,7 +68,7 @@ class Bare:
 
     def _sequence(self, asked: Asked) -> Sequence:
         weights = None if asked.adapter is None else self._adapters[asked.adapter]
-        reference = None if weights is None else AdapterRef(weights.digest, 1, weights.digest)
+        reference = None if weights is None else AdapterRef(weights.key, 1, weights.key)
         number, prompt = next(self._numbers), asked.prompt()
         sampling = Sampling(max_tokens=asked.output_tokens, ignore_eos=True)
         request = Request(Submit(f"{number}", tuple(prompt), reference, sampling), b"", 0.0, weights=weights)

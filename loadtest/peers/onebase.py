@@ -14,17 +14,18 @@ from loadtest.peers.served import Served, answers, free_port
 from server.model.bundled import DEFAULT_DATA_DIR
 
 
-def serve(folder: Path, **settings: object) -> tuple[Process, str]:
+def serve(folder: Path, program: str = "server.cli", /, **settings: object) -> tuple[Process, str]:
     """A server with its data and its log in `folder`, which is made, once it is ready; and its address.
 
-    The converted base is the one that all share. Raises NotThere.
+    The converted base is the one that all share. `program` is the module that has the `onebase` command. Raises
+    NotThere.
     """
     port = free_port()
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "models").symlink_to(DEFAULT_DATA_DIR.expanduser() / "models")
     settings = {"data_dir": folder / "data", **settings}
     environment = {f"ONEBASE_{name.upper()}": str(value) for name, value in settings.items()}
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", program, "serve", "--port", str(port)]
     process = Process(command, folder / "log", environment)
     url = f"http://127.0.0.1:{port}"
     process.wait(lambda: answers(f"{url}/readyz"))

@@ -1,4 +1,4 @@
-"""`/adapters`: upload, list, show, history, rollback, delete."""
+"""`/adapters`: upload, list, show, publish, history, rollback, delete."""
 
 from __future__ import annotations
 
@@ -19,19 +19,23 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
-from server.api.limits import media_type
-from server.api.schemas import AdapterInfo, AdapterList, AdapterStatus, LanePatch, Rollback, Source, VersionList
+from server.api.access import Caller, guarded
+from server.api.limits import FORM_OVERHEAD, media_type
+from server.api.schemas import AdapterInfo, AdapterList, AdapterPatch, AdapterStatus, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
-from server.core import MAX_CONFIG_BYTES, AdapterRef, AdapterVersion
+from server.core import MAX_CONFIG_BYTES, AdapterVersion
 from server.errors import InvalidRequest, Overloaded, TooLarge
 from server.registry import sources
-from server.registry.records import PutResult
+from server.registry.quotas import Quota
+from server.registry.records import Named, PutResult, ref_of
 from server.registry.store import Staging, storage_errors
+from server.tenants.keys import Scope
+from server.tenants.tenant import Principal
 
 RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are received at once
 OneState = Annotated[State, Depends(state_of)]
 IfMatch = Annotated[str | None, Header(max_length=4096)]
-router = APIRouter(prefix="/adapters")
+router = APIRouter(prefix="/adapters", route_class=guarded(read=None, write=Scope.ADAPTERS_WRITE))
 _PUT_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -61,6 +65,7 @@ _PUT_BODY: dict[str, Any] = {
 async def put_adapter(
     name: str,
     request: Request,
+    caller: Caller,
     state: OneState,
     allow_zero: bool = False,
     if_match: IfMatch = None,
@@ -71,7 +76,9 @@ async def put_adapter(
     201 when the name is new, 200 when it is replaced or the bytes are the current version's.
     """
     kind = media_type(request.scope)
-    conditions = {"if_match": if_match, "if_none_match": if_none_match, "allow_zero": allow_zero}
+    mine: dict[str, Any] = {"tenant": caller.tenant.id, "quota": _quota(caller)}
+    state.registry.expect(name, _least_bytes(request), **mine)
+    conditions = mine | {"if_match": if_match, "if_none_match": if_none_match, "allow_zero": allow_zero}
     if kind == "application/json":
         source = await _source(request)
         async with _staging(state) as staging:
@@ -89,59 +96,77 @@ async def put_adapter(
 
 @router.get("", response_model=AdapterList)
 async def list_adapters(
+    caller: Caller,
     state: OneState,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     after: Annotated[str | None, Query(max_length=64)] = None,
 ) -> dict[str, Any]:
-    """All adapters by name, a page at a time."""
-    page, following = state.registry.list(limit=limit, after=after)
-    return {"data": [_status(state, version) for version in page], "next": following}
+    """One's own adapters and the published ones by name, a page at a time. Of two of one name, one's own."""
+    page, following = state.registry.list(limit=limit, after=after, tenant=caller.tenant.id)
+    return {"data": [_status(state, caller, found) for found in page], "next": following}
 
 
 @router.get("/{name}", response_model=AdapterStatus)
-async def show_adapter(name: str, response: Response, state: OneState) -> dict[str, Any]:
+async def show_adapter(name: str, response: Response, caller: Caller, state: OneState) -> dict[str, Any]:
     """The current version, and where it is."""
-    version = state.registry.get(name)
-    response.headers["ETag"] = f'"{version.digest}"'
-    return _status(state, version)
+    found = state.registry.find(name, caller.tenant.id)
+    response.headers["ETag"] = f'"{found.version.digest}"'
+    return _status(state, caller, found)
 
 
 @router.get("/{name}/versions", response_model=VersionList)
-async def list_versions(name: str, state: OneState) -> dict[str, Any]:
+async def list_versions(name: str, caller: Caller, state: OneState) -> dict[str, Any]:
     """The history of an adapter, oldest first."""
-    current = state.registry.get(name).version
-    versions = state.registry.versions(name)
+    current = state.registry.get(name, caller.tenant.id).version
+    versions = state.registry.versions(name, caller.tenant.id)
     return {"data": [_plain(version) | {"current": version.version == current} for version in versions]}
 
 
 @router.post("/{name}/rollback", response_model=AdapterInfo)
-async def roll_back(name: str, body: Rollback, state: OneState, if_match: IfMatch = None) -> Response:
+async def roll_back(name: str, body: Rollback, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Makes an earlier version current again, under its own number."""
-    version = await run_in_threadpool(state.registry.rollback, name, body.version, if_match=if_match)
+    back = partial(state.registry.rollback, name, body.version, if_match=if_match, tenant=caller.tenant.id)
+    version = await run_in_threadpool(back)
     return _with_etag(version, 200)
 
 
 @router.patch("/{name}", response_model=AdapterStatus)
-async def patch_adapter(name: str, body: LanePatch, state: OneState) -> dict[str, Any]:
-    """Gives an adapter a lane of its own, or takes it back. Answers when it is there; 409 when there is no room."""
+async def patch_adapter(
+    name: str, body: AdapterPatch, caller: Caller, state: OneState, if_match: IfMatch = None
+) -> dict[str, Any]:
+    """Publishes an adapter or makes it private again; gives it a lane of its own, or takes that back. Answers when that
+    is done; 409 when there is no room, or another tenant has published the name."""
+    wanted: dict[str, Any] = {"pinned": body.pinned, "public": body.public, "tenant": caller.tenant.id}
+    wanted["if_match"] = if_match
     merged = None if body.lane is None else body.lane == "merged"
-    change = partial(state.registry.set_lane, name, merged=merged, pinned=body.pinned)
-    return _status(state, await anyio.to_thread.run_sync(change, limiter=state.changes))
+    change = partial(state.registry.change, name, merged=merged, **wanted)
+    return _status(state, caller, await anyio.to_thread.run_sync(change, limiter=state.changes))
 
 
 @router.delete("/{name}", status_code=204)
-async def delete_adapter(name: str, state: OneState, if_match: IfMatch = None) -> Response:
+async def delete_adapter(name: str, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Removes an adapter. Requests in flight finish on the version that they began with."""
-    digest = state.registry.get(name).digest
-    await run_in_threadpool(state.registry.delete, name, if_match=if_match)
-    state.activity.pop(name, None)
-    state.cache.drop(digest)
+    tenant = caller.tenant.id
+    last = await run_in_threadpool(partial(state.registry.delete, name, if_match=if_match, tenant=tenant))
+    state.activity.pop((tenant, name), None)
+    state.cache.drop(last.key)
     return Response(status_code=204)
 
 
 async def _put(state: State, name: str, staging: Staging, conditions: dict[str, Any]) -> PutResult:
     put = partial(state.registry.put, name, staging, **conditions)
     return await anyio.to_thread.run_sync(put, limiter=state.checks)
+
+
+def _quota(caller: Principal) -> Quota:
+    return Quota(caller.tenant.max_adapters, caller.tenant.max_adapter_bytes)
+
+
+def _least_bytes(request: Request) -> int:
+    """What an upload adds at least, by what it announces."""
+    length = request.headers.get("content-length", "")
+    form = media_type(request.scope) == "multipart/form-data" and length.isdecimal()
+    return max(1, int(length) - FORM_OVERHEAD) if form else 1
 
 
 @contextlib.asynccontextmanager
@@ -242,20 +267,25 @@ def _with_etag(version: AdapterVersion, status: int) -> JSONResponse:
     return JSONResponse(_plain(version), status_code=status, headers={"ETag": f'"{version.digest}"'})
 
 
-def _status(state: State, version: AdapterVersion) -> dict[str, Any]:
-    activity = state.activity.get(version.name, Activity())
-    figures = state.client.lane(AdapterRef(version.name, version.version, version.digest))
+def _status(state: State, caller: Principal, found: Named) -> dict[str, Any]:
+    version, own = found.version, found.owner == caller.tenant.id
+    ref = ref_of(version, found.owner)
+    activity = state.activity.get((found.owner, version.name)) if own else None
+    activity = activity or Activity()
+    figures = state.client.lane(ref)
     return _plain(version) | {
-        "residency": _residency(state, version.digest),
+        "own": own,
+        "public": found.public,
+        "residency": _residency(state, ref.key),
         "lane": "shared" if figures is None else "merged",
-        "pinned": figures is not None and figures.pinned,
+        "pinned": own and figures is not None and figures.pinned,
         "in_flight": activity.in_flight,
         "last_used": activity.last_used,
         "requests": activity.requests,
     }
 
 
-def _residency(state: State, digest: str) -> Literal["disk", "ram", "device"]:
-    if digest in state.client.stats.resident:
+def _residency(state: State, key: str) -> Literal["disk", "ram", "device"]:
+    if key in state.client.stats.resident:
         return "device"
-    return "ram" if state.cache.peek(digest) else "disk"
+    return "ram" if state.cache.peek(key) else "disk"

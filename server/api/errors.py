@@ -50,7 +50,7 @@ class RequestId:
 def answer(fault: OnebaseError) -> Response:
     """The HTTP answer of a fault."""
     wait = fault.retry_after or (RETRY_AFTER if fault.status == 503 else None)
-    headers = {"Retry-After": str(wait)} if wait else None
+    headers = fault.headers | ({"Retry-After": str(wait)} if wait else {})
     content = json.dumps(fault.envelope())  # in ASCII: a message may repeat what is no valid text
     return Response(content, status_code=fault.status, headers=headers, media_type="application/json")
 

@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,18 +15,24 @@ import anyio
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from fastapi.sse import format_sse_event
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Message, Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from server.api import prompts
+from server.api.access import Caller, guarded
 from server.api.render import Answer
 from server.api.schemas import GenerateRequest, GenerateResponse
 from server.api.state import Activity, State, state_of
 from server.engine.client import Stream
-from server.engine.messages import Delta, Done, Sampling, Submit
+from server.engine.messages import Delta, Done, Prices, Sampling, Submit
 from server.errors import EngineFailure, InvalidRequest, OnebaseError
+from server.registry.holds import Lease
+from server.tenants.accounts import Entry
+from server.tenants.keys import Scope
+from server.tenants.tenant import Principal
 
 log = logging.getLogger("onebase.api")
-router = APIRouter()
+router = APIRouter(route_class=guarded(read=None, write=Scope.GENERATE))
 _UNBUFFERED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # no proxy may hold a stream back
 OneState = Annotated[State, Depends(state_of)]
 
@@ -35,9 +42,9 @@ OneState = Annotated[State, Depends(state_of)]
     response_model=GenerateResponse,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
-async def generate(body: GenerateRequest, request: Request, state: OneState) -> Response:
+async def generate(body: GenerateRequest, request: Request, caller: Caller, state: OneState) -> Response:
     """Answers with the whole text, or with Server-Sent Events when `stream` is true."""
-    stream, answer = await _open(body, state)
+    stream, answer = await _open(body, caller, state)
     watcher = asyncio.create_task(_cancel_when_gone(request, state, stream))
 
     def end() -> None:
@@ -51,14 +58,14 @@ async def generate(body: GenerateRequest, request: Request, state: OneState) -> 
             if isinstance(first, Done) and first.error is not None:
                 raise first.error  # nothing has been sent yet: the fault can still have its own status
             chunks = _chunks(first, events, answer, stream.submit.n)
-            return _Answered(chunks, end, media_type="text/event-stream", headers=_UNBUFFERED)
+            headers = _UNBUFFERED | state.accounts.admission.headers(caller.tenant)
+            return _Answered(chunks, end, media_type="text/event-stream", headers=headers)
         async for event in stream:
             answer.add(event)
         answer.raise_fault()
         content = await asyncio.to_thread(_whole, answer) if answer.large else _whole(answer)
-        return _Answered(
-            _once(content), end, media_type="application/json", headers={"Content-Length": str(len(content))}
-        )
+        headers = state.accounts.admission.headers(caller.tenant) | {"Content-Length": str(len(content))}
+        return _Answered(_once(content), end, media_type="application/json", headers=headers)
     except BaseException:
         end()
         raise
@@ -74,7 +81,7 @@ class _Answered(StreamingResponse):
         super().__init__(content, **more)
         self._end = end
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         async def telling(message: Message) -> None:
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
@@ -94,47 +101,91 @@ def _whole(answer: Answer) -> bytes:
     return answer.dump(answer.whole()).encode()
 
 
-async def _open(body: GenerateRequest, state: State) -> tuple[Stream, Answer]:
-    """Resolves the adapter, reads the prompt and queues the request. The lease ends with the request, once."""
-    lease = state.registry.acquire(body.adapter) if body.adapter is not None else None
+async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple[Stream, Answer]:
+    """Resolves the adapter, reads the prompt, books the request and queues it. The lease ends with the request, once,
+    and so does its entry in the accounts."""
+    lease = state.registry.acquire(body.adapter, caller.tenant.id) if body.adapter is not None else None
+    entry: Entry | None = None
     try:
-        read = partial(prompts.encode, body, state.base, state.max_context)
-        if prompts.size(body) > prompts.LONG:
-            prompt = await anyio.to_thread.run_sync(read, limiter=state.reads)
-        else:
-            prompt = read()
-        most = (len(prompt) + body.max_tokens) * body.n
-        if most > state.client.max_tokens:  # waiting would not help
-            raise InvalidRequest(
-                f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {state.client.max_tokens}",
-                param="n" if body.n > 1 else "max_tokens",
-            )
-        submit = Submit(
-            id=f"gen-{secrets.token_hex(12)}",
-            prompt=prompt,
-            adapter=lease.ref if lease else None,
-            sampling=_sampling(body),
-            n=body.n,
-            salt=state.salt,
+        prompt = await _read(body, state)
+        request_id = f"gen-{secrets.token_hex(12)}"
+        entry = state.accounts.admit(
+            caller,
+            request_id,
+            len(prompt),
+            body.max_tokens * body.n,
+            lease.ref if lease else None,
             batch=body.priority == "batch",
         )
-
-        activity: Activity | None = None
-
-        def on_done(done: Done) -> None:
-            if lease is not None:
-                lease.release()
-            if activity is not None:
-                activity.in_flight -= 1
-
-        stream = state.client.submit(submit, on_done)
+        submit = _submit(body, request_id, prompt, lease, caller, entry)
+        ending = _Ending(entry, lease)
+        stream = state.client.submit(submit, ending)
     except BaseException:
+        if entry is not None:
+            entry.refuse()
         if lease is not None:
             lease.release()
         raise
+    entry.runs(lambda: (stream.cached, stream.made))
     if lease is not None:
-        activity = state.began(lease.ref.name)
-    return stream, Answer(submit, state.base, state.names, int(time.time()))
+        ending.activity = state.began(lease.ref)
+    return stream, Answer(submit, state.base, state.names, int(time.time()), entry.rates)
+
+
+async def _read(body: GenerateRequest, state: State) -> tuple[int, ...]:
+    """The prompt's tokens."""
+    read = partial(prompts.encode, body, state.base, state.max_context)
+    if prompts.size(body) > prompts.LONG:
+        prompt = await anyio.to_thread.run_sync(read, limiter=state.reads)
+    else:
+        prompt = read()
+    most = (len(prompt) + body.max_tokens) * body.n
+    if most > state.client.max_tokens:  # waiting would not help
+        raise InvalidRequest(
+            f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {state.client.max_tokens}",
+            param="n" if body.n > 1 else "max_tokens",
+        )
+    return prompt
+
+
+def _submit(
+    body: GenerateRequest,
+    request_id: str,
+    prompt: tuple[int, ...],
+    lease: Lease | None,
+    caller: Principal,
+    entry: Entry,
+) -> Submit:
+    return Submit(
+        id=request_id,
+        prompt=prompt,
+        adapter=lease.ref if lease else None,
+        sampling=_sampling(body),
+        n=body.n,
+        salt=caller.tenant.salt,
+        batch=body.priority == "batch",
+        tenant=caller.tenant.id,
+        weight=caller.tenant.weight,
+        prices=Prices(*entry.weights),
+        most=entry.most,
+    )
+
+
+@dataclass
+class _Ending:
+    """What is done, once, when the request has ended: everything goes back, and it is written down."""
+
+    entry: Entry
+    lease: Lease | None
+    activity: Activity | None = None
+
+    def __call__(self, done: Done) -> asyncio.Future[None]:
+        if self.lease is not None:
+            self.lease.release()
+        if self.activity is not None:
+            self.activity.in_flight -= 1
+        lane = "base" if self.lease is None else "merged" if done.residency.merged else "shared"
+        return self.entry.close(done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens)
 
 
 def _sampling(body: GenerateRequest) -> Sampling:

@@ -28,7 +28,10 @@ class EngineLanes:
 
     def leave(self, adapter: AdapterRef, *, asked: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; `asked` if somebody wants it in the shared one."""
-        self._wait(self._client.unmerge(adapter, asked=asked))
+        if asked or self._client.lane(adapter) is not None:
+            self._wait(self._client.unmerge(adapter, asked=asked))
+        else:
+            self._client.forget_lane(adapter)
 
     def inside(self, adapter: AdapterRef) -> bool | None:
         """None where nobody asked for a lane of its own; else whether its copy is pinned."""

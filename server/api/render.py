@@ -9,6 +9,7 @@ from typing import Any
 
 from server.engine.messages import Delta, Done, Residency, Submit, TokenLogprob
 from server.model.loader import Base
+from server.tenants.prices import Rates
 
 LARGE = 2_000  # log-probabilities; about 10 ms of work
 
@@ -16,8 +17,9 @@ LARGE = 2_000  # log-probabilities; about 10 ms of work
 class Answer:
     """One request's answer as it grows: `add` every event, then take `whole`; or take a `chunk` per event."""
 
-    def __init__(self, submit: Submit, base: Base, names: TokenNames, created: int):
+    def __init__(self, submit: Submit, base: Base, names: TokenNames, created: int, rates: Rates):
         self._submit, self._base, self._names, self._created = submit, base, names, created
+        self._rates = rates
         self._deltas: list[Delta] = []
         self._done: Done | None = None
 
@@ -46,7 +48,7 @@ class Answer:
         choices = [self._choice(index, self._of(index)) for index in range(self._submit.n)]
         for choice in choices:
             choice["finish_reason"] = choice["finish_reason"] or "cancelled"
-        return self._envelope(choices, self._done.residency) | {"usage": usage(self._done)}
+        return self._envelope(choices, self._done.residency) | {"usage": self._usage(self._done)}
 
     def chunk(self, delta: Delta | None, done: Done | None = None) -> str:
         """One chunk of a stream as JSON: what is new in `delta`, and with `done` the usage."""
@@ -54,14 +56,25 @@ class Answer:
             assert done is not None
             # It ended without a last token: by cancellation.
             choices = [self._choice(index, []) | {"finish_reason": "cancelled"} for index in range(self._submit.n)]
-            return self.dump(self._envelope(choices, done.residency) | {"usage": usage(done)})
+            return self.dump(self._envelope(choices, done.residency) | {"usage": self._usage(done)})
         body = self._envelope([self._choice(delta.index, [delta])], delta.residency)
-        return self.dump(body | {"usage": usage(done)} if done else body)
+        return self.dump(body | {"usage": self._usage(done)} if done else body)
 
     @staticmethod
     def dump(body: dict[str, Any]) -> str:
         """Compact JSON; raises ValueError for a number that JSON has not."""
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+    def _usage(self, done: Done) -> dict[str, int]:
+        """The counts of a finished request, and what it costs."""
+        prompt, cached, made = done.prompt_tokens, done.cached_tokens, done.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "cached_tokens": cached,
+            "completion_tokens": made,
+            "total_tokens": prompt + made,
+            "cost_microusd": self._rates.charge(prompt, cached, made).total if made else 0,
+        }
 
     def _of(self, index: int) -> list[Delta]:
         return [delta for delta in self._deltas if delta.index == index]
@@ -150,17 +163,6 @@ def _shared(names: dict[int, str]) -> set[str]:
 def _bytes_name(raw: bytes) -> str:
     """The name of a token that is not whole characters."""
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def usage(done: Done) -> dict[str, int]:
-    """The counts of a finished request."""
-    return {
-        "prompt_tokens": done.prompt_tokens,
-        "cached_tokens": done.cached_tokens,
-        "completion_tokens": done.completion_tokens,
-        "total_tokens": done.prompt_tokens + done.completion_tokens,
-        "cost_microusd": 0,
-    }
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -158,8 +158,11 @@ class AdapterInfo(BaseModel):
 
 
 class AdapterStatus(AdapterInfo):
-    """The current version and where it is."""
+    """The current version and where it is. Of an adapter that another tenant has published, nothing tells what others
+    do with it: `pinned` is false, `in_flight` and `requests` are 0 and `last_used` is null."""
 
+    own: bool
+    public: bool
     residency: Literal["disk", "ram", "device"]
     lane: Literal["shared", "merged"]
     pinned: bool
@@ -169,7 +172,7 @@ class AdapterStatus(AdapterInfo):
 
 
 class AdapterList(BaseModel):
-    """A page of adapters by name; `next` is the `after` of the following page, or null."""
+    """A page of one's own adapters and the published ones, by name; `next` is the `after` of the next page, or null."""
 
     data: list[AdapterStatus]
     next: str | None
@@ -194,16 +197,17 @@ class Rollback(Strict):
     version: int = Field(ge=1)
 
 
-class LanePatch(Strict):
+class AdapterPatch(Strict):
     """What is to change; what is left out stays."""
 
     lane: Literal["shared", "merged"] | None = None
     pinned: bool | None = Field(None, description="a pinned copy never goes for another's sake; needs the merged lane")
+    public: bool | None = Field(None, description="all tenants may use a published adapter, and see that it is there")
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if self.lane is None and self.pinned is None:
-            raise ValueError("name what is to change: lane, pinned")
+        if self.lane is None and self.pinned is None and self.public is None:
+            raise ValueError("name what is to change: lane, pinned, public")
         return self
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,16 +10,19 @@ import anyio
 from fastapi import Request
 
 from server.api.render import TokenNames
+from server.core import AdapterRef
 from server.engine.client import EngineClient
 from server.model.loader import Base
 from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
+from server.tenants.accounts import Accounts
 
 READS_AT_ONCE = 1  # a long prompt takes hundreds of megabytes while it is read
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
 LANE_CHANGES_AT_ONCE = 4  # each waits for the one thread that makes copies; other requests need threads too
+PAGES_AT_ONCE = 4  # of usage: a large one takes tens of megabytes while it is made
 FETCHES_AT_ONCE = 8  # fetching one is mostly waiting
 RECEIVED_AT_ONCE = 16  # each may fill the temporary directory with the largest upload
 
@@ -36,9 +38,9 @@ class Activity:
 
 @dataclass
 class State:
-    """Everything an endpoint may reach. `salt` separates this tenant's prompts in the prefix cache; `reads` bounds how
-    many long prompts, `receiving`, `fetches` and `checks` how many uploads are worked on at once, `changes` how many
-    calls wait for a lane.
+    """Everything an endpoint may reach. `accounts` are there while the server runs; `activity` is by (owner, name);
+    `reads` bounds how many long prompts, `receiving`, `fetches` and `checks` how many uploads are worked on at once,
+    `changes` how many calls wait for a lane, `pages` how many pages of usage are made.
     """
 
     settings: Settings
@@ -48,10 +50,11 @@ class State:
     cache: AdapterCache
     client: EngineClient
     max_context: int
-    salt: bytes = field(default_factory=lambda: secrets.token_bytes(16))
-    activity: dict[str, Activity] = field(default_factory=dict)
+    accounts: Accounts = field(init=False)
+    activity: dict[tuple[str, str], Activity] = field(default_factory=dict)
     checks: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(CHECKS_AT_ONCE))
     changes: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(LANE_CHANGES_AT_ONCE))
+    pages: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(PAGES_AT_ONCE))
     reads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(READS_AT_ONCE))
     receiving: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(RECEIVED_AT_ONCE))
     fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(FETCHES_AT_ONCE))
@@ -61,9 +64,9 @@ class State:
         """The names of the base's tokens, which all answers share."""
         return TokenNames(self.base.tokenizer)
 
-    def began(self, name: str) -> Activity:
-        """A request for the adapter `name` was taken. When it ends, `in_flight` of what is returned goes down."""
-        one = self.activity.setdefault(name, Activity())
+    def began(self, adapter: AdapterRef) -> Activity:
+        """A request for the adapter was taken. When it ends, `in_flight` of what is returned goes down."""
+        one = self.activity.setdefault((adapter.tenant, adapter.name), Activity())
         one.requests, one.in_flight, one.last_used = one.requests + 1, one.in_flight + 1, time.time()
         return one
 

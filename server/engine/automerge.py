@@ -18,6 +18,7 @@ from typing import Protocol
 from server.core import AdapterRef
 from server.engine.costs import DecodeCosts
 from server.engine.lanes import SHARED
+from server.engine.merging import Name, name_of
 from server.engine.messages import Merge, Unmerge
 from server.engine.scheduler import Work
 from server.engine.sequence import Sequence
@@ -98,15 +99,15 @@ class AutoMerge:
         self._next = 0.0
         self._since: dict[AdapterRef, float] = {}  # since when the other lane would pay
         self._settled: dict[AdapterRef, float] = {}  # when it was put into its lane, or could not be
-        self._told: set[str] = set()  # names that are to stay in the shared lane
+        self._told: set[Name] = set()  # that are to stay in the shared lane
 
     def told(self, message: Merge | Unmerge) -> None:
         """Somebody has said in which lane an adapter is to be: all its versions stay out of this one's hands until it
         is asked for a lane again."""
         if isinstance(message, Merge):
-            self._told.discard(message.adapter.name)
+            self._told.discard(name_of(message.adapter))
         elif message.asked:
-            self._told.add(message.adapter.name)
+            self._told.add(name_of(message.adapter))
 
     def learn(self, lane: str, work: Collection[Work], seconds: float) -> None:
         """A step took so long; prompts tell nothing of decodes."""
@@ -146,7 +147,7 @@ class AutoMerge:
         return reason(Load.of(rows, adapter), self.costs, self._share, gain)
 
     def _may_have(self, adapter: AdapterRef) -> bool:
-        return adapter.name not in self._told and not self._copies.has(adapter)
+        return name_of(adapter) not in self._told and not self._copies.has(adapter)
 
     def _change(
         self,

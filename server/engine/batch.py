@@ -71,7 +71,7 @@ def build(work: Seq[Work], pool: KVPool, device: torch.device, *, lora: bool = T
 
 def _place(item: Work) -> str:
     weights = item.sequence.request.weights
-    return weights.digest if weights is not None else ""
+    return weights.key if weights is not None else ""
 
 
 def _to(device: torch.device) -> Tensors:

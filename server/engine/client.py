@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from time import monotonic
 
 from server.core import AdapterRef
@@ -23,18 +24,20 @@ from server.engine.messages import (
     Submit,
     Unmerge,
 )
-from server.errors import EngineFailure, Overloaded
+from server.errors import EngineFailure, OnebaseError, Overloaded
 
 log = logging.getLogger("onebase.engine")
 
 STALL_SECONDS = 120  # far longer than any step
+OnDone = Callable[[Done], asyncio.Future[None] | None]
 
 
 class Stream:
     """The events of one request: any number of Deltas, then one Done."""
 
-    def __init__(self, submit: Submit, on_done: Callable[[Done], None]):
+    def __init__(self, submit: Submit, on_done: OnDone):
         self.submit, self.on_done = submit, on_done
+        self.cached, self.made = 0, 0  # tokens of the prompt that were cached, and tokens made, so far
         self.left = False  # whether its reader has gone
         self._events: asyncio.Queue[Delta | Done] = asyncio.Queue()
 
@@ -47,6 +50,8 @@ class Stream:
 
     def put(self, event: Delta | Done) -> None:
         """Called on the event loop."""
+        if isinstance(event, Delta):
+            self.cached, self.made = event.cached, self.made + len(event.token_ids)
         self._events.put_nowait(event)
 
 
@@ -108,8 +113,9 @@ class EngineClient:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self.loop.call_soon_threadsafe(self._dispatch, events)
 
-    def submit(self, submit: Submit, on_done: Callable[[Done], None]) -> Stream:
-        """Hands a request to the engine. `on_done` is called once, whether or not anybody still reads the stream.
+    def submit(self, submit: Submit, on_done: OnDone) -> Stream:
+        """Hands a request to the engine. `on_done` is called once, whether or not anybody still reads the stream; the
+        reader gets the Done when the future that it returns is done, or one with the future's fault.
         Whoever reads the stream says so with `leave` when that ends, however it ends.
 
         Raises Overloaded when the queue is full or the server is draining; then `on_done` is not called.
@@ -147,6 +153,12 @@ class EngineClient:
     async def unmerge(self, adapter: AdapterRef, *, asked: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there."""
         await self._change_lane(lambda number: Unmerge(number, adapter, asked))
+
+    def forget_lane(self, adapter: AdapterRef) -> None:
+        """As `unmerge`, for an adapter that has no lane yet, and without waiting for the step under way; from any
+        thread."""
+        if self._engine is not None:
+            self._engine.change_lane(Unmerge("", adapter))
 
     def lane(self, adapter: AdapterRef) -> CopyFigures | None:
         """The adapter's own lane, if new requests for it run in one."""
@@ -201,17 +213,35 @@ class EngineClient:
             stream = self._streams.get(event.id)
             if stream is None:
                 continue
-            if isinstance(event, Done):
-                del self._streams[event.id]
-                self._give_back(stream)
-                if not self._streams:
-                    self._idle.set()
-            stream.put(event)
-            if isinstance(event, Done):
-                try:
-                    stream.on_done(event)
-                except Exception:  # the events of others come after it
-                    log.exception("ending a request failed")
+            if isinstance(event, Delta):
+                stream.put(event)
+            else:
+                self._end(stream, event)
+
+    def _end(self, stream: Stream, done: Done) -> None:
+        try:
+            written = stream.on_done(done)
+        except Exception as fault:  # the events of others come after it
+            log.exception("ending a request failed")
+            self._tell(stream, done, fault)
+            return
+        if written is None:
+            self._tell(stream, done, None)
+        else:
+            written.add_done_callback(lambda future: self._tell(stream, done, _fault(future)))
+
+    def _tell(self, stream: Stream, done: Done, fault: BaseException | None) -> None:
+        """The last event of a request."""
+        if fault is not None and done.error is None:
+            error = (
+                fault if isinstance(fault, OnebaseError) else EngineFailure("the request could not be accounted for")
+            )
+            done = replace(done, outcome="error", error=error)
+        self._streams.pop(done.id, None)
+        self._give_back(stream)
+        if not self._streams:
+            self._idle.set()
+        stream.put(done)
 
     def _give_back(self, stream: Stream) -> None:
         """Ends a request's share of the bounds once it has its Done and its reader has gone: until then its events take
@@ -225,3 +255,7 @@ class EngineClient:
     @staticmethod
     def _worst(submit: Submit) -> int:
         return (len(submit.prompt) + submit.sampling.max_tokens) * submit.n
+
+
+def _fault(future: asyncio.Future[None]) -> BaseException | None:
+    return asyncio.CancelledError() if future.cancelled() else future.exception()

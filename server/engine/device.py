@@ -79,9 +79,9 @@ class DeviceRunner:
                 log.warning("decode steps run without CUDA graphs: this base cannot be captured", exc_info=True)
                 self._graphs = None
 
-    def forget(self, digest: str) -> None:
+    def forget(self, key: str) -> None:
         """An adapter has left the device."""
-        self.tables.drop(digest)
+        self.tables.drop(key)
 
     def merged_bytes(self, weights: AdapterWeights) -> int:
         """What `merge` would add to the memory in use."""

@@ -108,12 +108,11 @@ class Engine:
     def submit(self, submit: Submit) -> None:
         """From any thread. Ends in exactly one Done."""
         adapter = submit.adapter
-        resident = adapter is None or adapter.digest in self.stats.resident or self._has_lane(adapter)
-        if adapter is None or resident or not self._loader.may_begin(adapter.digest):
+        if adapter is None or self._at_hand(adapter, key := adapter.key) or not self._loader.may_begin(key):
             self._inbox.put(submit)
             return
         self._inbox.put(replace(submit, early=True))
-        self._loader.begin(adapter.digest)
+        self._loader.begin(key)
 
     def change_lane(self, message: Merge | Unmerge) -> None:
         """From any thread. Ends in exactly one LaneChanged."""
@@ -265,6 +264,8 @@ class Engine:
             sequence.finish_reason = "stop"
         elif sequence.produced >= sampling.max_tokens:
             sequence.finish_reason = "length"
+        elif request.submit.most is not None and request.produced >= request.submit.most:
+            sequence.finish_reason = "budget"
         if sequence.finish_reason:
             text += sequence.text.finish()
             if sequence.text.stopped:
@@ -280,6 +281,7 @@ class Engine:
                 logprobs,
                 request.residency,
                 sequence.finish_reason,
+                request.cached,
             )
         )
         if all(s.finish_reason for s in request.sequences):
@@ -289,9 +291,7 @@ class Engine:
         """The one way a request ends: its Done goes out with the step's events, and everything it holds goes back."""
         if self._requests.pop(request.submit.id, None) is None:
             return
-        cached = request.sequences[0].cached or 0 if request.sequences else 0
-        prompt = len(request.submit.prompt)
-        made = sum(sequence.produced for sequence in request.sequences)
+        cached, made, prompt = request.cached, request.produced, len(request.submit.prompt)
         self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
         self.stats.prompt_tokens += prompt
         self.stats.cached_tokens += cached
@@ -308,8 +308,8 @@ class Engine:
     def _answer(self, event: LaneChanged) -> None:
         self._events.append(event)
 
-    def _has_lane(self, adapter: AdapterRef) -> bool:
-        return adapter in self.stats.copies
+    def _at_hand(self, adapter: AdapterRef, key: str) -> bool:
+        return key in self.stats.resident or adapter in self.stats.copies
 
     def _publish(self) -> None:
         self.stats.take(self._scheduler, self._loader, self._merged)

@@ -19,7 +19,8 @@ class Figures(Stats):
         bank = loader.bank
         self.running, self.waiting, self.loading = len(scheduler.running), len(scheduler.waiting), len(loader)
         self.blocks_used, self.preemptions = scheduler.pool.used, scheduler.preemptions
-        self.resident, self.slot_bytes = bank.digests(), bank.bytes
+        self.shares = scheduler.shares.figures()
+        self.resident, self.slot_bytes = bank.resident(), bank.bytes
         self.slot_references, self.slot_evictions, self.slot_loads = bank.references, bank.evictions, bank.loads
         self.prefetches = dict(loader.prefetches)
         if merged or self.copies or self.merged_bytes:

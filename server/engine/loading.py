@@ -65,48 +65,48 @@ class AdapterLoader:
     def __len__(self) -> int:
         return len(self._lacking)
 
-    def may_begin(self, digest: str) -> bool:
+    def may_begin(self, key: str) -> bool:
         """From any thread: whether a request about to be submitted may have its adapter fetched before the engine's
         thread sees it, which is after the step under way. If so, `begin` must follow."""
-        if self._full or digest in self._begun or not self._permitted():
+        if self._full or key in self._begun or not self._permitted():
             return False
-        self._begun.add(digest)
+        self._begun.add(key)
         return True
 
-    def begin(self, digest: str) -> None:
+    def begin(self, key: str) -> None:
         """From any thread, after the request was handed to the engine, marked `early`."""
         with contextlib.suppress(RuntimeError):  # the engine has ended, and the request with it
-            self._threads.submit(self._prefetch, digest)
+            self._threads.submit(self._prefetch, key)
 
     def want(self, request: Request) -> None:
         """A new request names an adapter; it is given at once if it is resident."""
-        digest = request.digest
-        assert digest is not None
+        key = request.key
+        assert key is not None
         if request.submit.early:
-            self._fetching.add(digest)
-        request.weights = self.bank.acquire(digest)
+            self._fetching.add(key)
+        request.weights = self.bank.acquire(key)
         if request.weights is None:
-            request.residency = Residency(cold=digest not in self.bank.digests())
+            request.residency = Residency(cold=key not in self.bank.resident())
             self._lacking[request.submit.id] = request
 
     def unasked(self, submit: Submit) -> None:
         """A new request has no use for its adapter here; if it is being fetched for it, that is for nobody."""
         if submit.early and submit.adapter is not None:
-            self._fetching.add(submit.adapter.digest)
+            self._fetching.add(submit.adapter.key)
 
     def give_up(self, request: Request) -> None:
         """The request has ended: its reference goes back, once."""
-        digest = request.digest
-        if self._lacking.pop(request.submit.id, None) is not None and not self._wanted(digest):
-            assert digest is not None
-            self._spoilt.discard(digest)
-            if self._ahead.pop(digest, None) is not None:
+        key = request.key
+        if self._lacking.pop(request.submit.id, None) is not None and not self._wanted(key):
+            assert key is not None
+            self._spoilt.discard(key)
+            if self._ahead.pop(key, None) is not None:
                 self.prefetches["unused"] += 1
-            if digest not in self._loading:  # its slot waited for a prefetch: nobody would ever fill it
-                self.bank.abandon(digest)
+            if key not in self._loading:  # its slot waited for a prefetch: nobody would ever fill it
+                self.bank.abandon(key)
         if request.weights is not None:
-            assert digest is not None
-            self.bank.release(digest)
+            assert key is not None
+            self.bank.release(key)
             request.weights = None
 
     def serve(self) -> None:
@@ -115,17 +115,17 @@ class AdapterLoader:
         for request in list(self._lacking.values()):
             if self._give(request):
                 continue
-            digest = request.digest
-            assert digest is not None
-            if not self.bank.holds(digest) and not full:
+            key = request.key
+            assert key is not None
+            if not self.bank.holds(key) and not full:
                 request.residency = Residency(cold=True)  # it was here and being drained, and has gone
-                full = not self.bank.reserve(digest)
-            if self.bank.awaits(digest):
-                self._load(digest)
+                full = not self.bank.reserve(key)
+            if self.bank.awaits(key):
+                self._load(key)
                 if self._give(request):
                     continue
-            elif not self.bank.holds(digest):
-                self._look_ahead(digest)
+            elif not self.bank.holds(key):
+                self._look_ahead(key)
             starving |= full and monotonic() - request.arrived > PATIENCE
         self._full = full
         self._trim()
@@ -136,76 +136,76 @@ class AdapterLoader:
 
     def fetched(self, message: Fetched) -> None:
         """A prefetch has ended. If it failed, so much the worse for it alone: the load itself will say why."""
-        digest, weights = message.digest, message.weights
-        self._fetching.discard(digest)
+        key, weights = message.key, message.weights
+        self._fetching.discard(key)
         if not isinstance(weights, AdapterWeights):
             self.prefetches["failed"] += 1
-            if self._wanted(digest):
-                self._spoilt.add(digest)
+            if self._wanted(key):
+                self._spoilt.add(key)
             return
         self._largest = max(self._largest, weights.nbytes)
-        if self._wanted(digest) and digest not in self._ahead:
-            self._ahead[digest] = weights
+        if self._wanted(key) and key not in self._ahead:
+            self._ahead[key] = weights
         else:
             self.prefetches["unused"] += 1
 
     def arrived(self, message: Loaded) -> list[Request]:
         """A load has ended; returns the requests that must fail with it."""
-        self._loading.discard(message.digest)
+        self._loading.discard(message.key)
         if message.fault is None:
             assert isinstance(message.weights, AdapterWeights)
             self._largest = max(self._largest, message.weights.nbytes)
-            self.bank.fill(message.digest, message.weights)
+            self.bank.fill(message.key, message.weights)
             return []
-        self.bank.abandon(message.digest)
-        return [request for request in self._lacking.values() if request.digest == message.digest]
+        self.bank.abandon(message.key)
+        return [request for request in self._lacking.values() if request.key == message.key]
 
     def close(self) -> None:
         """Waits for loads under way; none is started any more."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def _wanted(self, digest: str | None) -> bool:
-        return any(request.digest == digest for request in self._lacking.values())
+    def _wanted(self, key: str | None) -> bool:
+        return any(request.key == key for request in self._lacking.values())
 
     def _give(self, request: Request) -> bool:
         """Gives the request its adapter if it is on the device."""
-        digest = request.digest
-        assert digest is not None
-        request.weights = self.bank.acquire(digest)
+        key = request.key
+        assert key is not None
+        request.weights = self.bank.acquire(key)
         if request.weights is None:
             return False
         del self._lacking[request.submit.id]
-        self._spoilt.discard(digest)
-        if self._ahead.pop(digest, None) is not None:  # it came on another way as well
+        self._spoilt.discard(key)
+        if self._ahead.pop(key, None) is not None:  # it came on another way as well
             self.prefetches["unused"] += 1
         waited = (monotonic() - request.arrived) * 1e3
         request.residency = Residency(request.residency.cold, waited)
         return True
 
-    def _load(self, digest: str) -> None:
+    def _load(self, key: str) -> None:
         """The next move of an adapter that has a slot, unless one is being made."""
-        if digest in self._loading:
+        if key in self._loading:
             return
-        weights = self._ahead.pop(digest, None)
+        weights = self._ahead.pop(key, None)
         if weights is not None:
             self.prefetches["used"] += 1
             if self._device.type == "cpu":  # it is where it should be
-                self.bank.fill(digest, weights)
+                self.bank.fill(key, weights)
                 return
-        elif digest in self._fetching:
+        elif key in self._fetching:
             return
-        self._loading.add(digest)
-        self._threads.submit(self._bring, digest, weights)
+        self._loading.add(key)
+        self._threads.submit(self._bring, key, weights)
 
-    def _look_ahead(self, digest: str) -> None:
+    def _look_ahead(self, key: str) -> None:
         """Has the adapter brought to RAM while there is no slot, if it and all before it can be held there."""
-        if digest in self._ahead or digest in self._fetching or digest in self._spoilt:
+        if key in self._ahead or key in self._fetching or key in self._spoilt:
             return
         coming = (len(self._fetching) + 1) * self._largest
         if self._held() + coming <= self._prefetch_bytes and self._permitted():
-            self._fetching.add(digest)
-            self._begun.add(digest)
-            self._threads.submit(self._prefetch, digest)
+            self._fetching.add(key)
+            self._begun.add(key)
+            self._threads.submit(self._prefetch, key)
 
     def _trim(self) -> None:
         """Those that began early are not counted beforehand: the last to come are let go."""
@@ -223,24 +223,24 @@ class AdapterLoader:
             return False
         return True
 
-    def _prefetch(self, digest: str) -> None:
+    def _prefetch(self, key: str) -> None:
         weights = None
         try:
-            weights = self._fetch(digest)
+            weights = self._fetch(key)
         except Exception:
             log.debug("a prefetch failed", exc_info=True)
         finally:
-            self._begun.discard(digest)
+            self._begun.discard(key)
             self._permits.put(None)
-            self._post(Fetched(digest, weights))
+            self._post(Fetched(key, weights))
 
-    def _bring(self, digest: str, weights: AdapterWeights | None) -> None:
+    def _bring(self, key: str, weights: AdapterWeights | None) -> None:
         try:
-            weights = self._upload(weights or self._fetch(digest))
+            weights = self._upload(weights or self._fetch(key))
         except OnebaseError as fault:
-            self._post(Loaded(digest, None, fault))
+            self._post(Loaded(key, None, fault))
         except Exception:  # whatever it is, the requests that wait for it must end
             log.exception("loading an adapter failed")
-            self._post(Loaded(digest, None, AdapterUnavailable("the adapter could not be loaded")))
+            self._post(Loaded(key, None, AdapterUnavailable("the adapter could not be loaded")))
         else:
-            self._post(Loaded(digest, weights, None))
+            self._post(Loaded(key, weights, None))

@@ -29,6 +29,12 @@ log = logging.getLogger("onebase.engine")
 
 
 LaneMessage = Merge | Unmerge | Weighed | Built
+Name = tuple[str, str]  # tenant and adapter
+
+
+def name_of(adapter: AdapterRef) -> Name:
+    """Whose adapter it is, and which, whatever the version."""
+    return adapter.tenant, adapter.name
 
 
 class Builder(Protocol):
@@ -76,7 +82,7 @@ class MergedCopies:
         self._freed, self.most, self._now = freed, most, now
         self._active: dict[AdapterRef, Held] = {}  # made or on their way
         self._leaving: list[Held] = []  # given up, and still in use
-        self.byte_seconds: defaultdict[str, float] = defaultdict(float)  # by name, of copies that were asked for
+        self.byte_seconds: defaultdict[Name, float] = defaultdict(float)  # of copies that were asked for
         self.changes: Counter[tuple[str, str]] = Counter()  # ("merge" | "unmerge", reason)
         self._numbers = itertools.count(1)
         self._threads = ThreadPoolExecutor(1, "onebase-merge")
@@ -214,7 +220,7 @@ class MergedCopies:
     def _begin(self, adapter: AdapterRef, reason: str = "asked") -> Held:
         held = Held(adapter, f"{adapter.name}#{next(self._numbers)}", reason)
         self._active[adapter] = held
-        self._threads.submit(self._weigh, held.lane, adapter.digest)
+        self._threads.submit(self._weigh, held.lane, adapter.key)
         return held
 
     def _make_room(self, held: Held, nbytes: int) -> bool:
@@ -231,24 +237,35 @@ class MergedCopies:
                 spare += one.nbytes
         enough = spare >= nbytes
         for one in victims if enough else [one for one in makes_way if one.automatic]:
-            log.info("%s gives its lane up for %s", one.adapter.name, held.adapter.name)
+            asked = logging.INFO if one.automatic else logging.WARNING
+            log.log(asked, "%s gives its lane up for %s", one.adapter.name, held.adapter.name)
             self._drop(one, "made_way")
         return enough
 
     @staticmethod
     def _makes_way(one: Held, other: Held) -> bool:
         """Whether `one` is of those that go for `other`. A version does not go for its successor, which may fail."""
-        if one.adapter.name == other.adapter.name or other.keeps:
+        if name_of(one.adapter) == name_of(other.adapter) or other.keeps:
             return False
         return not other.automatic and (one.automatic or not one.pinned)
 
     def _full(self, held: Held, nbytes: int) -> Conflict:
-        return Conflict(
-            f"a merged copy of {held.adapter.name} takes {nbytes} bytes; of MERGED_BYTES = {self.most}, "
-            f"{self.nbytes} are taken, and only idle copies that are not pinned make way (those that nobody asked for "
-            "as soon as their requests have ended: try again)",
-            code="merged_full",
+        takes = f"a merged copy of {held.adapter.name} takes {nbytes} bytes; MERGED_BYTES is {self.most}"
+        before = sum(
+            one.nbytes
+            for one in (*self._active.values(), *self._leaving)
+            if one is not held and name_of(one.adapter) == name_of(held.adapter)
         )
+        if nbytes > self.most:
+            why = "no copy of this size fits"
+        elif nbytes + before > self.most:
+            why = f"its earlier version takes {before} until the new one has taken over: end its lane first"
+        else:
+            why = (
+                f"{self.nbytes} are taken, and only idle copies that are not pinned make way (those that nobody asked "
+                "for as soon as their requests have ended: try again)"
+            )
+        return Conflict(f"{takes}, {why}", code="merged_full")
 
     def _drop(self, held: Held, reason: str) -> None:
         """Frees the copy when nobody runs on it, and not before it is made: its room is taken until then."""
@@ -267,7 +284,7 @@ class MergedCopies:
 
     def _count(self, held: Held, now: float) -> None:
         if held.nbytes and not held.automatic:
-            self.byte_seconds[held.adapter.name] += held.nbytes * (now - held.counted)
+            self.byte_seconds[name_of(held.adapter)] += held.nbytes * (now - held.counted)
         held.counted = now
 
     def _fail(self, held: Held, fault: OnebaseError) -> None:
@@ -282,9 +299,9 @@ class MergedCopies:
             self._answer(LaneChanged(asker, fault))
         held.askers.clear()
 
-    def _weigh(self, lane: str, digest: str) -> None:
+    def _weigh(self, lane: str, key: str) -> None:
         try:
-            weights = self._fetch(digest)
+            weights = self._fetch(key)
             self._post(Weighed(lane, weights, self._builder.merged_bytes(weights), None))
         except OnebaseError as fault:
             self._post(Weighed(lane, None, 0, fault))

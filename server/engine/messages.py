@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import inf
 
-from server.core import AdapterRef
+from server.core import DEFAULT_TENANT, AdapterRef
 from server.errors import OnebaseError
 
 
@@ -27,9 +28,26 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Prices:
+    """What a token of a request counts for in its tenant's fair share, its adapter's rank included. Only the ratios to
+    other requests' prices matter. Raises ValueError for one that is negative or not finite."""
+
+    prompt: float = 1.0
+    cached: float = 0.1
+    completion: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not all(0 <= price < inf for price in (self.prompt, self.cached, self.completion)):
+            raise ValueError(f"a price must be finite and not negative: {self}")
+
+
+@dataclass(frozen=True, slots=True)
 class Submit:
     """A request: `n` sequences of the same prompt. `salt` separates tenants in the prefix cache. `early` is set where
-    its adapter is being fetched before the engine has seen the request. `batch`: it yields to requests that are not."""
+    its adapter is being fetched before the engine has seen the request. `batch`: it yields to requests that are not.
+    `weight` is the tenant's part beside the others'; the latest request says it for all. `most` tokens of all its
+    sequences are what the tenant's budget pays for. Raises ValueError when the weight is not above zero, for the
+    engine's thread divides by it."""
 
     id: str
     prompt: tuple[int, ...]
@@ -39,6 +57,14 @@ class Submit:
     salt: bytes = b""
     early: bool = False
     batch: bool = False
+    tenant: str = DEFAULT_TENANT
+    weight: float = 1.0
+    prices: Prices = Prices()
+    most: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < inf:
+            raise ValueError(f"a tenant's weight must be finite and above zero, not {self.weight}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +126,7 @@ class Stop:
 class Loaded:
     """An adapter has been brought to the device, or `fault` says why not. Sent by the loader to the engine."""
 
-    digest: str
+    key: str
     weights: object | None
     fault: OnebaseError | None
 
@@ -109,7 +135,7 @@ class Loaded:
 class Fetched:
     """A prefetch has ended: the adapter is in RAM, or `weights` is None. Sent by the loader to the engine."""
 
-    digest: str
+    key: str
     weights: object | None
 
 
@@ -134,7 +160,8 @@ class Residency:
 
 @dataclass(slots=True)
 class Delta:
-    """New text and tokens of one sequence; the last one carries `finish_reason`."""
+    """New text and tokens of one sequence; the last one carries `finish_reason`. `cached` tokens of the prompt were in
+    the prefix cache."""
 
     id: str
     index: int
@@ -143,6 +170,7 @@ class Delta:
     logprobs: list[TokenLogprob]
     residency: Residency
     finish_reason: str | None = None
+    cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +206,24 @@ class CopyFigures:
     automatic: bool
 
 
+@dataclass(frozen=True, slots=True)
+class ShareFigures:
+    """A tenant's share: the priced tokens it has had, and its sequences that wait and run."""
+
+    served: float
+    waiting: int
+    running: int
+
+
 @dataclass(slots=True)
 class Stats:
     """A snapshot of the engine for /readyz and /metrics; counters only ever grow. `step_began` is when the step under
     way began, None between steps; `failed_steps` counts those that failed since the last that did not. `slot_bytes`
     are the adapters on the device. `prefetches` counts those that have ended by what came of them: "used", "unused" or
     "failed". `copies` are the merged copies that take requests, `merged_bytes` what all take, `merged_byte_seconds`
-    bytes times seconds of those that were asked for, by the adapter's name; `lane_changes` counts them by ("merge" or
-    "unmerge", why).
+    bytes times seconds of those that were asked for, by (tenant, adapter); `lane_changes` counts them by ("merge" or
+    "unmerge", why). `shares` are the tenants with work and those that lately had some; who comes back after a while
+    counts from nothing again.
     """
 
     steps: int = 0
@@ -210,5 +248,6 @@ class Stats:
     outcomes: dict[str, int] = field(default_factory=dict)
     copies: dict[AdapterRef, CopyFigures] = field(default_factory=dict)
     merged_bytes: int = 0
-    merged_byte_seconds: dict[str, float] = field(default_factory=dict)
+    merged_byte_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
     lane_changes: dict[tuple[str, str], int] = field(default_factory=dict)
+    shares: dict[str, ShareFigures] = field(default_factory=dict)

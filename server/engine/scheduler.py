@@ -1,9 +1,9 @@
 """Decides what each step computes. Plain Python, no torch.
 
 A step is one lane's. Decodes first, then prefills already begun, then newcomers in the order of arrival, up to the
-token budget; batch work comes after all other. A sequence gets all the blocks it needs or none; when a decode finds
-none, the latest arrival gives its blocks back and is computed again later (recompute preemption; Kwon et al. 2023).
-Batch work gives way, first, whenever other work finds no room.
+token budget; batch work comes after all other. Where several tenants have work, each of the three is shared
+(engine/shares.py). A sequence gets all the blocks it needs or none; when a decode finds none, the latest arrival gives
+its blocks back and is computed again later (engine/room.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 from bisect import insort
 from dataclasses import dataclass
 
+from server.engine.account import Account, place
 from server.engine.blocks import BlockPool
 from server.engine.lanes import SHARED, Urgency
+from server.engine.room import Room
 from server.engine.sequence import Sequence
+from server.engine.shares import Shares
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +33,6 @@ class Work:
         return self.count == self.sequence.pending
 
 
-def _place(sequence: Sequence) -> tuple[bool, int]:
-    return sequence.place
-
-
 class Scheduler:
     """Queues and the block accounts; owned by the engine's thread."""
 
@@ -44,18 +43,24 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by place
         self.running: list[Sequence] = []  # by place
         self.preemptions = 0
+        self.shares = Shares(max_batch_tokens, self.max_running, pool.count)
+        self._room = Room(pool, self.shares, self.max_running)
         self._short: Sequence | None = None  # the last one for which there were no blocks
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence; one that was preempted comes before all that arrived later."""
-        insort(self.waiting, sequence, key=_place)
+        """Queues a sequence."""
+        self.shares.enter(sequence)
+        self._queue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is, and its blocks back."""
-        for queue in (self.waiting, self.running):
-            if sequence in queue:
-                queue.remove(sequence)
-        self._give_back(sequence)
+        if sequence in self.running:
+            self._stop(sequence)
+        elif sequence in self.waiting:
+            self._unqueue(sequence)
+        else:
+            return
+        self.shares.leave(sequence)
         if sequence is self._short:
             self._short = None
 
@@ -76,7 +81,15 @@ class Scheduler:
     def schedule(self, lane: str = SHARED, chunk: int | None = None) -> list[Work]:
         """The work of one step of `lane`, at most `max_batch_tokens` tokens, of which at most `chunk` are prompts';
         empty when nothing can be computed."""
-        self._make_way()
+        first = self._make_way()
+        self._begin(lane, first)
+        work = self._fill(lane, chunk)
+        if not work and self.shares.contended:  # who was behind could do nothing after all
+            self.shares.begin({})
+            work = self._fill(lane, chunk)
+        return work
+
+    def _fill(self, lane: str, chunk: int | None) -> list[Work]:
         work = self._decodes(lane)
         budget = self.max_batch_tokens - len(work)
         budget = budget if chunk is None else min(budget, chunk)
@@ -100,84 +113,99 @@ class Scheduler:
                     self.pool.publish(sequence.blocks[number], hashes[number])
                 sequence.published = full
 
-    def _make_way(self) -> None:
-        """Preempts batch work for the first request in the queue that is not, if that gives it room; until it has
+    def _make_way(self) -> Sequence | None:
+        """Preempts whoever is to give way to the first in line, which it returns, if that gives it room; until it has
         taken the room, nobody behind it is handed any, whatever the lane."""
-        first = next((one for one in self.waiting if one.request.ready), None)
-        if first is None or first.request.submit.batch:
-            return
-        running, blocks = len(self.running), self.pool.available
-        victims: list[Sequence] = []
-        for one in reversed(self.running):
-            if not one.request.submit.batch or self._fits(first, running, blocks):
-                break
-            victims.append(one)
-            running -= 1
-            blocks += len(one.blocks)
-        if victims and self._fits(first, running, blocks):
+        first = next(self.shares.line(), None)
+        if first is not None and (victims := self._room.makers(first, self.running)):
             for one in victims:
-                self._preempt(one)
+                self._preempt(one, first)
             self._short = first
+        return first
 
-    def _fits(self, sequence: Sequence, running: int, blocks: int) -> bool:
-        """Whether there is room beside so many running sequences with so many blocks free, sharing none."""
-        return running < self.max_running and self.pool.needed(len(sequence.tokens)) + running <= blocks
+    def _begin(self, lane: str, first: Sequence | None) -> None:
+        """Says what each tenant could have in a step of the lane: for its running sequences, and for the `first` in
+        line if that has room."""
+        wanted: dict[Account, int] = {}
+        prompts: set[Account] = set()
+        if self.shares.contended:
+            rows = [one for one in self.running if one.request.lane == lane]
+            if first is not None and first.request.lane == lane:
+                rows += [first] * self._room.fits(first, len(self.running), self.pool.available)
+            for one in rows:
+                tenant = self.shares.of(one)
+                wanted[tenant] = wanted.get(tenant, 0) + one.pending
+                if one.pending > 1:
+                    prompts.add(tenant)
+        self.shares.begin(wanted, prompts)
 
     def _decodes(self, lane: str) -> list[Work]:
         work: list[Work] = []
-        for sequence in list(self.running):
+        done: set[Sequence] = set()
+        for sequence in self.shares.pick(
+            [one for one in self.running if one.pending == 1 and one.request.lane == lane]
+        ):
             if len(work) >= self.max_batch_tokens:
                 break
-            if sequence.pending != 1 or sequence.request.lane != lane or sequence not in self.running:
+            if sequence not in self.running:
                 continue
-            fresh = self._extend(sequence)
+            fresh = self._extend(sequence, done)
             if fresh is not None:
-                work.append(Work(sequence, 1, fresh))
+                work.append(self._work(sequence, 1, fresh))
+                done.add(sequence)
         return work
 
-    def _extend(self, sequence: Sequence) -> tuple[int, ...] | None:
-        """Blocks for the next token, taken from the latest arrivals if need be; None if that is `sequence` itself."""
+    def _extend(self, sequence: Sequence, done: set[Sequence]) -> tuple[int, ...] | None:
+        """Blocks for the next token, taken from others that are not done if need be; None if it gives its own."""
         missing = self.pool.needed(len(sequence.tokens)) - len(sequence.blocks)
         if missing <= 0:
             return ()
         while (blocks := self.pool.allocate(missing)) is None:
-            victim = self.running[-1]
-            self._preempt(victim)
+            victim = self._room.giver(sequence, self.running, done)
+            self._preempt(victim, sequence)
             if victim is sequence:
                 return None
         sequence.blocks += blocks
+        self.shares.of(sequence).blocks += missing
         return tuple(blocks)
 
     def _prefills(self, lane: str, budget: int) -> list[Work]:
         work: list[Work] = []
-        for sequence in self.running:
-            if budget > 0 and sequence.pending > 1 and sequence.request.lane == lane:
-                count = min(sequence.pending, budget)
-                work.append(Work(sequence, count))
+        for sequence in self.shares.fairly(
+            [one for one in self.running if one.pending > 1 and one.request.lane == lane]
+        ):
+            count = self.shares.chunk(sequence, min(sequence.pending, budget))
+            if count > 0:
+                work.append(self._work(sequence, count))
                 budget -= count
         return work
 
     def _admit(self, lane: str, budget: int) -> list[Work]:
         work: list[Work] = []
-        for sequence in list(self.waiting):
+        for sequence in self.shares.line(bounded=True):
             if budget <= 0 or len(self.running) >= self.max_running:
                 break
-            if not sequence.request.ready:
-                continue  # its adapter is on the way: it blocks nobody
             if sequence.request.lane != lane:
                 if sequence is self._short:
                     break
+                continue
+            count = self.shares.chunk(sequence, min(sequence.pending, budget))
+            if not count:
                 continue
             fresh = self._place(sequence)
             if fresh is None:
                 self._short = sequence
                 break  # blocks are handed out in order, whatever the lane, or a long prompt would starve
-            self.waiting.remove(sequence)
-            insort(self.running, sequence, key=_place)
-            count = min(sequence.pending, budget)
-            work.append(Work(sequence, count, fresh))
+            self._unqueue(sequence)
+            insort(self.running, sequence, key=place)
+            count = min(count, sequence.pending)
+            work.append(self._work(sequence, count, fresh))
             budget -= count
         return work
+
+    def _work(self, sequence: Sequence, count: int, fresh: tuple[int, ...] = ()) -> Work:
+        self.shares.charge(sequence, count)
+        return Work(sequence, count, fresh)
 
     def _place(self, sequence: Sequence) -> tuple[int, ...] | None:
         """Blocks for all of the sequence's tokens, shared where they are known already; None and no change if short."""
@@ -199,17 +227,30 @@ class Scheduler:
         sequence.blocks = shared + fresh
         sequence.computed = len(shared) * self.pool.block_size
         sequence.published = len(shared)
+        self.shares.placed(sequence)
         if sequence.cached is None:
             sequence.cached = sequence.computed
+            self.shares.hit(sequence)
         return tuple(fresh)
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, sequence: Sequence, other: Sequence) -> None:
+        """Takes room from one for the other; it waits again, before all that arrived later."""
         self.preemptions += 1
-        self.running.remove(sequence)
-        self._give_back(sequence)
-        self.add(sequence)
+        sequence.preempted += self.shares.of(sequence) is not self.shares.of(other)
+        self._stop(sequence)
+        self._queue(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _queue(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=place)
+        self.shares.queued(sequence)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        self.shares.unqueued(sequence)
+
+    def _stop(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.shares.stopped(sequence)
         self.pool.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = sequence.published = 0

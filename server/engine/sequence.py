@@ -16,7 +16,8 @@ class Sequence:
     """One of a request's `n` answers while it waits and runs.
 
     `tokens` is prompt then output; the first `computed` of them are in the KV cache, in `blocks`. `order` is the
-    order of arrival and stays through a preemption.
+    order of arrival and stays through a preemption. `charged` prompt tokens are on its tenant's account; `preempted`
+    counts how often it gave way to another tenant.
     """
 
     request: Request
@@ -29,6 +30,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     published: int = 0
+    charged: int = 0
+    preempted: int = 0
     finish_reason: str | None = None
 
     @property
@@ -69,10 +72,20 @@ class Request:
     weights: Any = None  # the adapter on the device, while a slot reference is held
     held: Any = None  # the merged copy that it runs on (merging.Held)
     residency: Residency = field(default_factory=Residency)
+    key: str | None = field(init=False)  # the adapter's
+
+    def __post_init__(self) -> None:
+        self.key = self.submit.adapter.key if self.submit.adapter else None
 
     @property
-    def digest(self) -> str | None:
-        return self.submit.adapter.digest if self.submit.adapter else None
+    def cached(self) -> int:
+        """Tokens of the prompt that were in the prefix cache."""
+        return self.sequences[0].cached or 0 if self.sequences else 0
+
+    @property
+    def produced(self) -> int:
+        """Tokens generated so far, of all its sequences."""
+        return sum(sequence.produced for sequence in self.sequences)
 
     @property
     def ready(self) -> bool:

@@ -24,7 +24,7 @@ def unpack(weights: AdapterWeights, flat: torch.Tensor) -> AdapterWeights:
     """The adapter `weights` as views of `flat`, which has what `pack(weights)` gave, on whatever device."""
     views = iter([flat[start:end].view(tensor.dtype).view(tensor.shape) for tensor, start, end, _ in _places(weights)])
     modules = {name: LoraPair(next(views), next(views)) for name in weights.modules}
-    return AdapterWeights(weights.digest, modules, weights.rank, weights.nbytes)
+    return AdapterWeights(weights.key, modules, weights.rank, weights.nbytes)
 
 
 def _places(weights: AdapterWeights) -> Iterator[tuple[torch.Tensor, int, int, int]]:

@@ -85,7 +85,7 @@ def merge(groups: Iterable[JointLinear], weights: AdapterWeights) -> MergedCopy:
             place += width
         found[group.names] = joint
     nbytes = sum(joint.numel() * joint.element_size() for joint in found.values())
-    return MergedCopy(weights.digest, found, nbytes)
+    return MergedCopy(weights.key, found, nbytes)
 
 
 def _dense(member: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -25,7 +25,7 @@ class MergedCopy:
     (layers.py on the CPU, grouped.py on CUDA). `nbytes` is what they add to the base; `layers` is what a runner keeps
     with them."""
 
-    digest: str
+    key: str
     groups: Mapping[tuple[str, ...], Any]
     nbytes: int
     layers: Any = None
@@ -55,7 +55,7 @@ def merge(groups: Iterable[LoraLinears], weights: AdapterWeights) -> MergedCopy:
             dense.append(base if pair is None else _merged(name, base, pair))
             nbytes += 0 if pair is None else dense[-1].nbytes
         found[group.names] = Joint(dense, group.own.numbers)
-    return MergedCopy(weights.digest, found, nbytes)
+    return MergedCopy(weights.key, found, nbytes)
 
 
 def merged_weight(name: str, weight: torch.Tensor, pair: LoraPair) -> torch.Tensor:

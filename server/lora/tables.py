@@ -37,27 +37,27 @@ class AdapterTables:
     def __len__(self) -> int:
         return len(self._held)
 
-    def slot(self, digest: str) -> int:
+    def slot(self, key: str) -> int:
         """The slot of an adapter that was put; KeyError when it is not here."""
-        return self._held[digest][0]
+        return self._held[key][0]
 
     def put(self, weights: AdapterWeights) -> int:
         """Enters an adapter, whose tensors must be on the device already, into a free slot; returns the slot.
 
         Raises ValueError when the adapter does not fit the tables, and IndexError when no slot is free.
         """
-        if weights.digest in self._held:
-            return self.slot(weights.digest)
+        if weights.key in self._held:
+            return self.slot(weights.key)
         column = torch.tensor(self._column(weights), dtype=torch.int64)
         slot = self._free.pop()
-        self._held[weights.digest] = (slot, weights)
+        self._held[weights.key] = (slot, weights)
         self._table[:, slot].copy_(column)
         return slot
 
-    def drop(self, digest: str) -> None:
+    def drop(self, key: str) -> None:
         """The adapter's slot is free again; its weights are let go. Of no effect when it is not here."""
-        if digest in self._held:
-            slot, _ = self._held.pop(digest)
+        if key in self._held:
+            slot, _ = self._held.pop(key)
             self._table[:, slot].zero_()
             self._free.append(slot)
 

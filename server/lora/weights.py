@@ -49,11 +49,12 @@ class LoraPair:
 class AdapterWeights:
     """An adapter in RAM, in the serving dtype. `modules` has the full module names of `BaseInfo.linears`, in order.
 
-    `rank` is the largest of any module, `nbytes` the bytes of all tensors. `addresses` is where the CPU's kernels find
-    it: int64 [linears, 3], of each linear the addresses of A and B and the rank; 0 where the adapter has nothing.
+    `key` is what caches and slots find it by (`AdapterRef.key`), `rank` the largest of any module, `nbytes` the bytes
+    of all tensors. `addresses` is where the CPU's kernels find it: int64 [linears, 3], of each linear the addresses of
+    A and B and the rank; 0 where the adapter has nothing.
     """
 
-    digest: str
+    key: str
     modules: Mapping[str, LoraPair]
     rank: int
     nbytes: int
@@ -108,7 +109,7 @@ def inspect_adapter(
 
 
 @one_core()
-def read_adapter(digest: str, config: bytes, weights: bytearray, base: BaseInfo, dtype: torch.dtype) -> AdapterWeights:
+def read_adapter(key: str, config: bytes, weights: bytearray, base: BaseInfo, dtype: torch.dtype) -> AdapterWeights:
     """The tensors of a stored adapter, on the CPU in `dtype`, from the content of its two files. They lie in one piece
     of memory of their own. Raises `InvalidAdapter` if it does not fit the base.
 
@@ -133,7 +134,7 @@ def read_adapter(digest: str, config: bytes, weights: bytearray, base: BaseInfo,
             stored_a, stored_b = (_stored(weights, entries[_key(module, side)]) for side in "AB")
             _check_finite(module, stored_a, stored_b, pair)
     return AdapterWeights(
-        digest=digest,
+        key=key,
         modules=pairs,
         rank=max(module.rank for module in modules.values()),
         nbytes=served.nbytes,

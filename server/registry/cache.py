@@ -11,7 +11,7 @@ from server.lora.weights import AdapterWeights
 
 
 class AdapterCache:
-    """Adapters by digest. `used_bytes` never exceeds `capacity_bytes`, not even for a moment.
+    """Adapters by key. `used_bytes` never exceeds `capacity_bytes`, not even for a moment.
 
     Adapters that are still being loaded, or that somebody holds after they were evicted, are not counted: they belong
     to whoever asked for them. Safe to call from several threads; no lock is held while loading.
@@ -26,76 +26,76 @@ class AdapterCache:
         self._loading: dict[str, Future[AdapterWeights]] = {}
         self._used = self._hits = self._misses = self._evictions = 0
 
-    def get(self, digest: str) -> AdapterWeights:
-        """The adapter, from RAM or loaded now. One load a digest however many threads ask; raises what `load` raises.
+    def get(self, key: str) -> AdapterWeights:
+        """The adapter, from RAM or loaded now. One load a key however many threads ask; raises what `load` raises.
 
         A failed load is not remembered. An adapter larger than the capacity is returned and not kept.
         """
         with self._lock:
-            held = self._held.get(digest)
+            held = self._held.get(key)
             if held is not None:
-                self._use(digest, held.nbytes)
+                self._use(key, held.nbytes)
                 self._hits += 1
                 return held
             self._misses += 1
-            loading = self._loading.get(digest)
+            loading = self._loading.get(key)
             mine = loading is None
             if loading is None:
-                loading = self._loading[digest] = Future()
+                loading = self._loading[key] = Future()
         if mine:
-            self._run(digest, loading)
+            self._run(key, loading)
         return loading.result()
 
-    def peek(self, digest: str) -> bool:
+    def peek(self, key: str) -> bool:
         """Whether the adapter is in RAM. Does not count as a use."""
         with self._lock:
-            return digest in self._held
+            return key in self._held
 
-    def drop(self, digest: str) -> None:
+    def drop(self, key: str) -> None:
         """Forget an adapter; one that is being loaded reaches those who wait for it and is not kept."""
         with self._lock:
-            self._loading.pop(digest, None)
-            self._forget(digest)
+            self._loading.pop(key, None)
+            self._forget(key)
 
-    def _run(self, digest: str, loading: Future[AdapterWeights]) -> None:
+    def _run(self, key: str, loading: Future[AdapterWeights]) -> None:
         try:
-            weights = self._load(digest)
+            weights = self._load(key)
         except BaseException as exc:
             with self._lock:
-                self._finish(digest, loading)
+                self._finish(key, loading)
             loading.set_exception(exc)
             return
         with self._lock:
-            if self._finish(digest, loading):
-                self._keep(digest, weights)
+            if self._finish(key, loading):
+                self._keep(key, weights)
         loading.set_result(weights)
 
-    def _finish(self, digest: str, loading: Future[AdapterWeights]) -> bool:
+    def _finish(self, key: str, loading: Future[AdapterWeights]) -> bool:
         """Take the load off the list; whether it still stood there (it was not dropped meanwhile)."""
-        if self._loading.get(digest) is not loading:
+        if self._loading.get(key) is not loading:
             return False
-        del self._loading[digest]
+        del self._loading[key]
         return True
 
-    def _keep(self, digest: str, weights: AdapterWeights) -> None:
+    def _keep(self, key: str, weights: AdapterWeights) -> None:
         if weights.nbytes > self._capacity:
             return
-        self._forget(digest)
+        self._forget(key)
         while self._used + weights.nbytes > self._capacity:
             self._forget(min(self._held, key=self._order.rank))
             self._evictions += 1
-        self._held[digest] = weights
+        self._held[key] = weights
         self._used += weights.nbytes
-        self._use(digest, weights.nbytes)
+        self._use(key, weights.nbytes)
 
-    def _use(self, digest: str, nbytes: int) -> None:
-        self._order.use(digest, reload_cost(nbytes) / max(1, nbytes))
+    def _use(self, key: str, nbytes: int) -> None:
+        self._order.use(key, reload_cost(nbytes) / max(1, nbytes))
 
-    def _forget(self, digest: str) -> None:
-        weights = self._held.pop(digest, None)
+    def _forget(self, key: str) -> None:
+        weights = self._held.pop(key, None)
         if weights is not None:
             self._used -= weights.nbytes
-            self._order.leave(digest)
+            self._order.leave(key)
 
     def __len__(self) -> int:
         return len(self._held)

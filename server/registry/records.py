@@ -17,20 +17,35 @@ Key = tuple[str, str]  # (tenant, name)
 @dataclass(frozen=True, slots=True)
 class Record:
     """All about one name. `versions` are oldest first; `next` is the number that the next version gets. `merged`: its
-    owner wants a lane of its own for it, and `pinned`, that it keeps it."""
+    owner wants a lane of its own for it, and `pinned`, that it keeps it. `public`: all tenants may use it."""
 
     current: int
     next: int
     versions: tuple[AdapterVersion, ...]
     merged: bool = False
     pinned: bool = False
+    public: bool = False
 
     def version(self, number: int) -> AdapterVersion | None:
         return next((version for version in self.versions if version.version == number), None)
 
     @property
+    def bytes(self) -> int:
+        """On disk, of all its versions; what two of them share counts once."""
+        return sum({version.digest: version.bytes for version in self.versions}.values())
+
+    @property
     def now(self) -> AdapterVersion:
         return next(version for version in self.versions if version.version == self.current)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """What a name means to a tenant: the current version, whose it is, and whether that is published."""
+
+    owner: str
+    version: AdapterVersion
+    public: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +64,8 @@ def parse_record(raw: dict[str, object]) -> Record:
     if not isinstance(versions, list) or not isinstance(current, int) or not isinstance(following, int):
         raise TypeError("damaged record")
     parsed = tuple(AdapterVersion(**{**version, "targets": tuple(version["targets"])}) for version in versions)
-    record = Record(current, following, parsed, raw.get("merged") is True, raw.get("pinned") is True)
+    flags = (raw.get(flag) is True for flag in ("merged", "pinned", "public"))
+    record = Record(current, following, parsed, *flags)
     _ = record.now
     return record
 
@@ -63,9 +79,9 @@ def key_of(tenant: str, name: str) -> Key:
     return tenant, name
 
 
-def ref_of(version: AdapterVersion) -> AdapterRef:
-    """What a request says of the version that it uses."""
-    return AdapterRef(version.name, version.version, version.digest)
+def ref_of(version: AdapterVersion, tenant: str) -> AdapterRef:
+    """What a request says of the version that it uses, whose owner is `tenant`."""
+    return AdapterRef(version.name, version.version, version.digest, version.rank, tenant)
 
 
 def digests_of(record: Record | None) -> list[str]:

@@ -104,14 +104,13 @@ class Store:
     def publish(self, staging: Staging) -> str:
         """Make the staged files an object and return its digest. Raises `StorageFailure`.
 
-        Idempotent: an object that is there and intact stays, a damaged one is replaced. After a failure the object
-        may be there, whole and named by nobody: the caller removes it.
+        Idempotent. The staged files take the place of those of an object that is there already, intact or damaged: no
+        work is skipped, so that an upload does not tell by its time that somebody else has stored the same bytes.
+        After a failure the object may be there, whole and named by nobody: the caller removes it.
         """
         digest = staging.digest()
         target = self._object_path(digest)
         with storage_errors("store the adapter"):
-            if self._intact(digest):
-                return digest
             for path in (staging.config_path, staging.weights_path):
                 os.chmod(path, 0o444)
                 _fsync(path)
@@ -120,9 +119,12 @@ class Store:
                 target.parent.mkdir(exist_ok=True)
                 _fsync(self._objects)
             with self._swap:
-                if not self._intact(digest):  # two uploads of the same bytes may have come this far
-                    self._retire(digest)
+                if target.is_dir():
+                    for path in (staging.config_path, staging.weights_path):  # never without either, for who reads it
+                        os.replace(path, target / path.name)
+                else:
                     os.rename(staging.path, target)
+            _fsync(target)
             _fsync(target.parent)
         self.sweep()
         return digest
@@ -264,13 +266,6 @@ class Store:
     def _compare(wanted: str, found: str) -> None:
         if found != wanted:
             raise AdapterUnavailable(f"the stored adapter {wanted} is damaged: its bytes do not match its digest")
-
-    def _intact(self, digest: str) -> bool:
-        try:
-            self.verify(digest)
-        except AdapterUnavailable:
-            return False
-        return True
 
     def _object_path(self, digest: str) -> Path:
         if not _DIGEST.fullmatch(digest):

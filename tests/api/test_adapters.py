@@ -28,7 +28,7 @@ INFO = {
     "base": str,
     "created": float,
 }
-STATUS = {"residency", "lane", "pinned", "in_flight", "last_used", "requests"}
+STATUS = {"own", "public", "residency", "lane", "pinned", "in_flight", "last_used", "requests"}
 CAP = 200_000
 
 

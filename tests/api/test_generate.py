@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from server.api.render import Answer, TokenNames
+from server.tenants.prices import DEFAULT_BOOK
 from tests.serving import ids_of, refused
 
 pytestmark = pytest.mark.usefixtures("idle")
@@ -37,7 +38,7 @@ def test_the_answer_has_the_contracts_shape(server):
         "cached_tokens": 0,
         "completion_tokens": completion,
         "total_tokens": 3 + completion,
-        "cost_microusd": 0,
+        "cost_microusd": DEFAULT_BOOK.charge(3, 0, completion, rank=0).total,
     }
 
 

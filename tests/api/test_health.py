@@ -96,3 +96,13 @@ def test_metrics_count_what_happens(server):
     assert value("onebase_adapter_prefetches", outcome="used") == 1, "it began before the engine saw the request"
     assert value("onebase_adapter_prefetches", outcome="failed") == 0
     until(lambda: value("onebase_num_requests_running") == 0)
+
+
+def test_the_bill_is_among_the_metrics_and_in_readiness(server, monkeypatch):
+    server.generate()
+    found = families(server.http.get("/metrics"))
+    assert found["onebase_ledger_commits"].samples[0].value >= 1
+    assert found["onebase_ledger_failures"].samples[0].value == 0
+    assert "onebase_outbox_waiting" not in found, "no events go anywhere"
+    monkeypatch.setattr(type(server.state.accounts.ledger), "healthy", False)
+    assert refused(server.http.get("/readyz"), 503)["code"] == "not_ready"

@@ -6,7 +6,9 @@ import threading
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from server.cli import app
 from server.core import AdapterRef
 from server.engine.messages import Unmerge
 from tests.serving import Server, refused, until
@@ -95,6 +97,26 @@ def test_what_cannot_be_is_refused(server, adapters, body, status):
     server.put("odd", adapters[0])
     refused(patch(server, "odd", **body), status)
     assert server.http.get("/adapters/odd").json()["lane"] == "shared"
+
+
+def test_a_change_may_be_held_to_one_version(server, adapters):
+    digest = server.put("held", adapters[0]).json()["digest"]
+    stale = server.http.patch("/adapters/held", json={"lane": "merged"}, headers={"If-Match": '"sha256:00"'})
+    refused(stale, 412)
+    assert server.http.get("/adapters/held").json()["lane"] == "shared"
+    current = server.http.patch("/adapters/held", json={"lane": "merged"}, headers={"If-Match": f'"{digest}"'})
+    assert current.json()["lane"] == "merged"
+    server.http.delete("/adapters/held")
+
+
+def test_the_command_leaves_a_pin_as_it_is_unless_it_is_named(server, adapters):
+    server.put("kept", adapters[0])
+    patch(server, "kept", lane="merged", pinned=True)
+    for flags, pinned in ((), True), (("--no-pinned",), False), (("--pinned",), True):
+        done = CliRunner().invoke(app, ["adapters", "merge", "kept", "--url", server.url, "--json", *flags])
+        assert done.exit_code == 0, done.output
+        assert server.http.get("/adapters/kept").json()["pinned"] is pinned
+    server.http.delete("/adapters/kept")
 
 
 def test_nobody_is_404(server):

@@ -75,7 +75,7 @@ def test_tables_for_people(call, folders):
 def test_the_list_goes_over_all_pages(server, call, folders, monkeypatch):
     for at in range(5):
         assert server.put(f"page-{at}", folders[0]).status_code == 201
-    monkeypatch.setattr("server.cli.PAGE", 2)
+    monkeypatch.setattr("server.commands.client.PAGE", 2)
     assert [row["name"] for row in call("list", "--json")] == [f"page-{at}" for at in range(5)]
 
 

@@ -34,7 +34,21 @@ def test_every_answer_comes_and_the_adapters_answer_better(tmp_path: Path) -> No
     assert "Henrik wants to move the planning" in result.stdout  # email-summary
     assert '"number": "INV-20417"' in " ".join(result.stdout.split())  # invoice-json
     assert any("shipping" in line and "ticket-triage" in line for line in lines)
+    for tenant in demo.TENANTS:
+        assert f"{tenant}'s bill of " in result.stdout
+        assert any(tenant in line and "ticket-triage" in line for line in lines) == (tenant == demo.TENANTS[1])
     assert not list(tmp_path.glob("onebase-*")), "nothing is left behind"
+
+
+def test_a_bill_that_is_not_what_the_answers_cost_fails_the_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = {"adapter": None, "kind": "prompt", "quantity": 9, "unit": "tokens", "amount_microusd": 3}
+    storage = line | {"kind": "storage", "unit": "byte_seconds"}
+    monkeypatch.setattr(demo, "call", lambda *_: {"tenant": "acme", "lines": [line, storage]})
+    with demo.client("http://127.0.0.1:1", "ob_x") as http:
+        answer = {"usage": {"cost_microusd": 3}}
+        assert demo.bills({"a": http}, {("a", None): answer})[0]["tenant"] == "acme"
+        with pytest.raises(demo.DemoFailed, match="cost 6 micro-dollars, its bill says 3"):
+            demo.bills({"a": http}, {("a", None): answer, ("a", "a"): answer})
 
 
 def test_a_server_that_does_not_start_is_told_with_its_last_lines(tmp_path: Path) -> None:

@@ -16,15 +16,17 @@ from server import demo
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+TENANTS = README[README.index("## Tenants and the bill") : README.index("## Other bases")]  # on a server with AUTH on
+REST = README.replace(TENANTS, "")
 ONEBASE = ".venv/bin/onebase"
 pytestmark = pytest.mark.real
 
 
-def commands() -> list[str]:
+def commands(page: str) -> list[str]:
     """The blocks' commands in their order, each with its continuation lines; `make` has a test of its own."""
     found: list[str] = []
-    for line in "".join(BLOCKS).splitlines():
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for line in "".join(blocks).splitlines():
         if found and _open(found[-1]):
             found[-1] += "\n" + line
         elif line.strip():
@@ -64,7 +66,7 @@ def run(command: str, env: dict[str, str]) -> str:
 
 
 def test_every_command_works_in_the_readmes_order(env: dict[str, str]) -> None:
-    outputs = {command: run(command, env) for command in commands()}
+    outputs = {command: run(command, env) for command in commands(REST)}
     assert len([command for command in outputs if command.startswith("curl")]) >= 3
     assert len([command for command in outputs if command.startswith(ONEBASE)]) >= 5
     assert all(command.startswith(("curl", ONEBASE)) for command in outputs), "say here how to test that command"
@@ -78,3 +80,16 @@ def test_every_command_works_in_the_readmes_order(env: dict[str, str]) -> None:
     assert json.loads(upload)["name"] == "my-adapter"
     listed = next(output for command, output in outputs.items() if command.endswith("adapters list"))
     assert all(question.adapter in listed for question in demo.questions())
+
+
+def test_the_tenants_commands_work_on_a_server_with_keys() -> None:
+    with demo.server("--auth", "on") as running:
+        running.wait_ready()
+        with demo.admin_of(running) as admin:
+            env = os.environ | {"ONEBASE_URL": running.url, "COLUMNS": "200"}
+            env["ONEBASE_KEY"] = admin.headers["authorization"].removeprefix("Bearer ")
+            _, made, usage, invoice = (run(command, env) for command in commands(TENANTS))
+        with demo.client(running.url, made.strip()) as acme:
+            assert demo.call(acme, "GET", "/v1/usage") == {"data": [], "next": None}
+        assert "cost_microusd" in usage
+        assert "acme, 20" in invoice

@@ -98,7 +98,7 @@ def refused(registry, weights=GOOD, settings=None) -> InvalidAdapter:
     assert registry.get("a") == before
     assert registry._store.digests() == [before.digest]
     lease = registry.acquire("a")
-    assert registry.load(lease.ref.digest).digest == before.digest
+    assert registry.load(lease.ref.digest).key == before.digest
     lease.release()
     assert caught.value.status == 422
     assert str(registry._store._objects.parent) not in caught.value.message

@@ -58,7 +58,7 @@ CHANGES = {
 
 def state(registry):
     page, _ = registry.list(limit=9)
-    return [(version.version, version.digest) for version in page]
+    return [(one.version.version, one.version.digest) for one in page]
 
 
 def prepare(root, versions):
@@ -146,7 +146,7 @@ def test_a_write_that_fails_changes_nothing(tmp_path, change, code):
                 failed = True
                 messages.append(exc.message)
         assert state(registry) == (before if failed else after)
-        assert registry._holds.uploads == {}
+        assert registry._catalogue.holds.uploads == {}
         for _, digest in state(registry):
             registry.load(digest)
         check_whole(root, [before] if failed else [after])

@@ -211,7 +211,7 @@ class Lifecycle(RuleBasedStateMachine):
     def merge(self, data: st.DataObject, pinned: bool) -> None:
         name = data.draw(st.sampled_from(sorted(self.names)))
         try:
-            self.state.registry.set_lane(name, merged=True, pinned=pinned)
+            self.state.registry.change(name, merged=True, pinned=pinned)
         except Conflict as fault:
             self.full(fault)
             return
@@ -223,7 +223,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule(data=st.data())
     def unmerge(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.names)))
-        self.state.registry.set_lane(name, merged=False, pinned=None)
+        self.state.registry.change(name, merged=False)
         lease = self.state.registry.acquire(name)
         assert self.lanes.inside(lease.ref) is None
         lease.release()
@@ -280,7 +280,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.start()
         restore(self.state.registry)
         listed, _ = self.state.registry.list(limit=100)
-        assert {v.name: v.version for v in listed} == self.current
+        assert {one.version.name: one.version.version for one in listed} == self.current
         for name, versions in self.names.items():
             kept = {v.version: v.digest for v in self.state.registry.versions(name)}
             assert kept == {version: self.digests[content] for version, content in versions.items()}
@@ -295,7 +295,7 @@ class Lifecycle(RuleBasedStateMachine):
         for request_id in list(self.open):
             self.settle(request_id)
         for name in self.names:
-            self.state.registry.set_lane(name, merged=False, pinned=None)
+            self.state.registry.change(name, merged=False)
         until(lambda: self.engine.stats.merged_bytes == 0)  # one may be on its way still, and not wanted any more
         self.engine.stop()
         stats = self.engine.stats

@@ -37,12 +37,12 @@ def test_an_adapter_is_there_once_it_has_been_filled() -> None:
     assert bank.reserve("a")
     assert bank.holds("a")
     assert bank.acquire("a") is None, "it is on its way"
-    assert bank.digests() == frozenset()
+    assert bank.resident() == frozenset()
     bank.fill("a", weights("a"))
     found = bank.acquire("a")
     assert found is not None
-    assert found.digest == "a"
-    assert (bank.references, bank.bytes, bank.digests()) == (1, 10, frozenset("a"))
+    assert found.key == "a"
+    assert (bank.references, bank.bytes, bank.resident()) == (1, 10, frozenset("a"))
     bank.release("a")
     assert bank.references == 0
     assert bank.acquire("a") is found, "it stays until its slot is wanted"
@@ -55,9 +55,9 @@ def test_the_least_recently_used_goes_first() -> None:
         bank.release(digest)
     gone = []
     for digest in "xyz":
-        before = bank.digests()
+        before = bank.resident()
         load(bank, digest)
-        gone += before - bank.digests()
+        gone += before - bank.resident()
     assert gone == ["c", "a", "b"]
     assert (bank.evictions, bank.loads, len(bank)) == (3, 6, 3)
 
@@ -67,7 +67,7 @@ def test_a_referenced_adapter_is_never_evicted() -> None:
     assert bank.acquire("a")
     assert bank.acquire("a")
     load(bank, "c")
-    assert bank.digests() == frozenset("ac")
+    assert bank.resident() == frozenset("ac")
     assert bank.acquire("c")
     assert not bank.reserve("d")
     bank.release("a")
@@ -94,7 +94,7 @@ def test_a_failed_load_frees_its_slot() -> None:
     bank.fill("b", weights("b"))
     bank.abandon("b")
     bank.abandon("never there")
-    assert bank.digests() == frozenset("b"), "what has arrived is not abandoned"
+    assert bank.resident() == frozenset("b"), "what has arrived is not abandoned"
 
 
 @pytest.mark.parametrize("times", [0, 1, 3])
@@ -173,11 +173,11 @@ def test_any_history_keeps_the_promises(slots: int, policy: Policy, history: lis
     coming: set[str] = set()
     for operation, number in history:
         digest = f"d{number}"
-        before = bank.digests()
+        before = bank.resident()
         if operation == "acquire":
             found = bank.acquire(digest)
             if found is not None:
-                assert found.digest == digest
+                assert found.key == digest
                 assert digest in before
                 held[digest] = held.get(digest, 0) + 1
         elif operation == "release" and held.get(digest):
@@ -189,7 +189,7 @@ def test_any_history_keeps_the_promises(slots: int, policy: Policy, history: lis
             assert bank.reserve(digest) == (room or bool(idle))
             if bank.holds(digest):
                 coming.add(digest)
-                assert len(before - bank.digests()) == (0 if room else 1)
+                assert len(before - bank.resident()) == (0 if room else 1)
         elif operation in ("fill", "abandon") and digest in coming:
             coming.remove(digest)
             bank.fill(digest, weights(digest)) if operation == "fill" else bank.abandon(digest)
@@ -198,5 +198,5 @@ def test_any_history_keeps_the_promises(slots: int, policy: Policy, history: lis
         elif operation == "reopen":
             bank.reopen()
         assert bank.references == sum(held.values())
-        assert len(bank) == len(bank.digests()) + len(coming) <= slots
-        assert {d for d, count in held.items() if count} <= bank.digests()
+        assert len(bank) == len(bank.resident()) + len(coming) <= slots
+        assert {d for d, count in held.items() if count} <= bank.resident()

@@ -19,7 +19,7 @@ def test_least_recently_used_goes_first():
     loads = []
     cache = AdapterCache(lambda digest: loads.append(digest) or weights(digest), 30)
     for digest in "abcad":
-        assert cache.get(digest).digest == digest
+        assert cache.get(digest).key == digest
     assert [cache.peek(digest) for digest in "abcd"] == [True, False, True, True]
     assert (cache.hits, cache.misses, cache.evictions, len(cache)) == (1, 4, 1, 3)
     assert cache.used_bytes == cache.capacity_bytes == 30
@@ -58,7 +58,7 @@ def test_a_failed_load_is_raised_and_forgotten():
     cache = AdapterCache(load, 30)
     with pytest.raises(OSError, match="disk"):
         cache.get("a")
-    assert cache.get("a").digest == "a"
+    assert cache.get("a").key == "a"
 
 
 def test_one_load_for_many_threads_and_different_digests_side_by_side():
@@ -95,7 +95,7 @@ def test_dropped_while_loading_is_not_kept():
         inside.wait(5)
         cache.drop("a")
         go.set()
-        assert asked.result(5).digest == "a"
+        assert asked.result(5).key == "a"
     assert not cache.peek("a")
     assert cache.used_bytes == 0
 
@@ -109,7 +109,7 @@ def test_the_bound_holds_under_threads(policy):
         chance = random.Random(seed)
         for _ in range(300):
             digest = str(chance.randrange(40))
-            assert cache.get(digest).digest == digest
+            assert cache.get(digest).key == digest
             if chance.random() < 0.1:
                 cache.drop(digest)
             if cache.used_bytes > 25:

@@ -26,7 +26,7 @@ def test_what_is_unpacked_is_what_was_packed(dtype: torch.dtype) -> None:
     assert weights.nbytes <= len(flat) < weights.nbytes + 6 * ALIGNMENT
     back = unpack(weights, flat.clone())
     assert list(back.modules) == list(weights.modules)
-    assert (back.digest, back.rank, back.nbytes) == (weights.digest, weights.rank, weights.nbytes)
+    assert (back.key, back.rank, back.nbytes) == (weights.key, weights.rank, weights.nbytes)
     for name, pair in weights.modules.items():
         assert torch.equal(back.modules[name].a, pair.a)
         assert torch.equal(back.modules[name].b, pair.b)

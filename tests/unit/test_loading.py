@@ -60,7 +60,7 @@ class Loading:
 
     def request(self, digest: str) -> Request:
         """Submitted as the engine does it, but for the part after the queue."""
-        early = digest not in self.bank.digests() and self.loader.may_begin(digest)
+        early = digest not in self.bank.resident() and self.loader.may_begin(digest)
         submit = Submit(f"r{next(self._ids)}", (1,), AdapterRef(digest, 1, digest), Sampling(1), early=early)
         if early:
             self.loader.begin(digest)
@@ -238,7 +238,7 @@ def test_early_fetches_that_find_no_slot_stay_within_the_bytes() -> None:
 
 def test_on_another_device_only_the_second_move_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[str] = []
-    monkeypatch.setattr(loading, "Uploader", lambda _: lambda weights: moved.append(weights.digest) or weights)
+    monkeypatch.setattr(loading, "Uploader", lambda _: lambda weights: moved.append(weights.key) or weights)
     one = Loading(1, device="cuda")
     running = one.request("a")
     one.settle()
@@ -281,7 +281,7 @@ def test_any_history_keeps_the_promises(slots: int, room: int, history: list[tup
             elif operation == "mend":
                 one.broken.clear()
             open_ = [request for request in open_ if request not in one.failed]
-            wanted = {request.digest for request in open_ if not request.ready}
+            wanted = {request.key for request in open_ if not request.ready}
             assert set(one.ahead) <= wanted
             assert one.bank.references == sum(request.ready for request in open_)
         one.broken.clear()
@@ -294,7 +294,7 @@ def test_any_history_keeps_the_promises(slots: int, room: int, history: list[tup
                 open_.remove(running)
         one.settle()
         assert one.bank.references == len(one.loader) == len(one.ahead) == 0
-        assert len(one.bank) == len(one.bank.digests()), "no slot is left waiting for what does not come"
+        assert len(one.bank) == len(one.bank.resident()), "no slot is left waiting for what does not come"
         assert not one.loader._loading
         assert not one.loader._fetching
         assert one.loader._permits.qsize() == 2

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.core import AdapterRef
+from server.core import DEFAULT_TENANT, AdapterRef
 from server.engine.merging import MergedCopies
 from server.engine.messages import Built, LaneChanged, Merge, Unmerge, Weighed
 from server.errors import AdapterUnavailable, Conflict
@@ -57,8 +57,8 @@ class Desk:
         else:
             self.copies.built(message)
 
-    def merge(self, name: str, *, pinned: bool = False, messages: int = 2) -> LaneChanged:
-        self.copies.want(Merge(f"m-{name}", ref(name), pinned))
+    def merge(self, name: str, *, version: int = 1, pinned: bool = False, messages: int = 2) -> LaneChanged:
+        self.copies.want(Merge(f"m-{name}", ref(name, version), pinned))
         for _ in range(messages):
             self.handle()
         return self.answers.pop()
@@ -95,7 +95,7 @@ def test_a_copy_is_made_used_and_freed(desk: Desk) -> None:
     assert not desk.copies
     assert desk.copies.copy_of(held.lane) is None
     assert desk.freed == [held.lane]
-    assert desk.copies.byte_seconds["a"] > 0
+    assert desk.copies.byte_seconds[DEFAULT_TENANT, "a"] > 0
     assert desk.copies.changes == {("merge", "asked"): 1, ("unmerge", "asked"): 1}
 
 
@@ -136,6 +136,20 @@ def test_pinned_copies_and_those_in_use_stay_and_the_refusal_has_the_numbers(des
     desk.copies.release(held)
     assert desk.merge("c").error is None
     assert set(desk.copies.figures()) == {ref("a"), ref("c")}
+
+
+def test_a_refusal_says_what_would_make_room() -> None:
+    small = Desk(most=SIZE // 2)
+    refused = small.merge("a", messages=1).error
+    small.close()
+    assert refused is not None
+    assert "no copy of this size fits" in refused.message
+    one = Desk(most=SIZE + SIZE // 2)
+    one.merge("a")
+    refused = one.merge("a", version=2, messages=1).error
+    one.close()
+    assert refused is not None
+    assert f"its earlier version takes {SIZE}" in refused.message
 
 
 def test_given_up_while_it_is_made(desk: Desk) -> None:
@@ -188,7 +202,7 @@ def test_one_that_nobody_asked_for_is_not_on_the_bill_until_somebody_does(desk: 
     assert desk.answers.pop() == LaneChanged("m")
     assert desk.copies.automatic() == {}
     desk.copies.count()
-    assert desk.copies.byte_seconds["a"] == SIZE
+    assert desk.copies.byte_seconds[DEFAULT_TENANT, "a"] == SIZE
     assert desk.copies.changes == {("merge", "alone"): 1}
 
 

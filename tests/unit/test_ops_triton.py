@@ -40,7 +40,7 @@ def check(
     y = torch.randn(tokens, sum(out for _, out in shapes.values())).to(DEVICE, dtype)
     before = y.clone()
     tables = tables_of(adapters, shapes)
-    found = segments([(s, e, tables.slot(adapters[a].digest)) for s, e, a in runs])
+    found = segments([(s, e, tables.slot(adapters[a].key)) for s, e, a in runs])
     add(x, y, tables.group(names), found)
     wanted = lora(x, before, names, [(s, e, adapters[a]) for s, e, a in runs])
     distance = error(y, wanted)

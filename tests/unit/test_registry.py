@@ -62,7 +62,7 @@ def test_a_refused_upload_changes_nothing(make):
         put(registry, "a", 2, rank=17)
     assert registry.get("a") == before
     assert registry._store.digests() == [before.digest]
-    assert registry._holds.uploads == {}
+    assert registry._catalogue.holds.uploads == {}
 
 
 def test_rollback_keeps_the_number_and_the_next_put_gets_a_new_one(make):
@@ -167,7 +167,7 @@ def test_pages_and_limits(make):
     seen, after = [], None
     while True:
         page, after = registry.list(limit=2, after=after)
-        seen += [version.name for version in page]
+        seen += [one.version.name for one in page]
         if after is None:
             break
     assert seen == ["a", "b", "c", "d", "e"]
@@ -183,7 +183,7 @@ def test_leases_keep_bytes_until_the_last_is_given_back_once(make):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: first.release(), range(16)))
     assert registry.leases() == {digest: 1}
-    assert registry.load(digest).digest == digest
+    assert registry.load(digest).key == digest
     second.release(), second.release()
     assert registry.leases() == {}
     assert registry._store.digests() == []
@@ -220,7 +220,7 @@ def test_releasing_the_last_lease_frees_the_space_elsewhere(make, tmp_path, monk
     threads, sweep = [], registry._store.sweep
     monkeypatch.setattr(registry._store, "sweep", lambda: (threads.append(threading.current_thread()), sweep()))
     lease.release()
-    registry._sweeper.shutdown(wait=True)
+    registry._catalogue.sweeper.shutdown(wait=True)
     assert len(threads) == 1
     assert threads[0] is not threading.current_thread()
     assert list((tmp_path / "staging").iterdir()) == []
@@ -232,7 +232,7 @@ def test_two_names_share_one_object(make):
     digest = put(registry, "a", 1).version.digest
     put(registry, "b", 1)
     registry.delete("a")
-    assert make().load(digest).digest == registry.load(digest).digest == digest
+    assert make().load(digest).key == registry.load(digest).key == digest
 
 
 def test_start_collects_garbage_and_survives_damage(make, tmp_path):
@@ -247,7 +247,7 @@ def test_start_collects_garbage_and_survives_damage(make, tmp_path):
     with pytest.raises(AdapterUnavailable):
         restarted.load(restarted.acquire("b").ref.digest)
     assert put(restarted, "b", 2).changed is False  # the same bytes again bring the object back
-    assert restarted.load(lost.digest).digest == lost.digest
+    assert restarted.load(lost.digest).key == lost.digest
     (tmp_path / "names/default/a.json").write_text('{"versions": 3}')
     damaged = make()
     assert damaged._store.exists(kept.digest)  # the damaged record may still name it
@@ -287,7 +287,7 @@ def test_threads_leave_counts_at_zero_and_every_lease_readable(make):
                     registry.delete(name)
                 else:
                     lease = registry.acquire(name)
-                    assert registry.load(lease.ref.digest).digest == lease.ref.digest
+                    assert registry.load(lease.ref.digest).key == lease.ref.digest
                     lease.release()
             except AdapterNotFound:
                 pass
@@ -297,10 +297,10 @@ def test_threads_leave_counts_at_zero_and_every_lease_readable(make):
     named = {
         v.digest
         for name in "ab"
-        if (name in [x.name for x in registry.list(limit=9)[0]])
+        if (name in [one.version.name for one in registry.list(limit=9)[0]])
         for v in registry.versions(name)
     }
     assert registry.leases() == {}
-    assert registry._holds.uploads == {}
+    assert registry._catalogue.holds.uploads == {}
     assert set(registry._store.digests()) == named
-    assert {digest for digest, count in registry._holds.named.items() if count} == named
+    assert {digest for digest, count in registry._catalogue.holds.named.items() if count} == named

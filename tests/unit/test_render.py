@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from server.api.render import LARGE, Answer, TokenNames
 from server.engine.messages import Delta, Done, Residency, Sampling, Submit, TokenLogprob
+from server.tenants.prices import DEFAULT_BOOK
 from tests.families import tokenizer
 
 PIECES = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -40,7 +41,7 @@ def logprobs_of(names: TokenNames, chosen: int, top: list[int]) -> tuple[str, di
     item = TokenLogprob(chosen, -0.5, tuple((number, -float(at)) for at, number in enumerate(top)))
     submit = Submit("gen-1", (5,), None, Sampling(max_tokens=1, logprobs=len(top)))
     base: Any = SimpleNamespace(info=SimpleNamespace(name="small", digest="sha256:0"))
-    answer = Answer(submit, base, names, created=0)
+    answer = Answer(submit, base, names, created=0, rates=DEFAULT_BOOK.rates(0))
     answer.add(Delta("gen-1", 0, "", [chosen], [item], Residency(), "length"))
     answer.add(Done("gen-1", "finished", 1, 0, 1, Residency()))
     logprobs = answer.whole()["choices"][0]["logprobs"]
@@ -120,6 +121,8 @@ def test_the_tokenizer_is_asked_about_a_token_once() -> None:
 @pytest.mark.parametrize(("k", "tokens", "large"), [(None, 10**6, False), (0, LARGE, False), (1, LARGE, True)])
 def test_an_answer_is_large_by_its_logprobs(k: int | None, tokens: int, large: bool) -> None:
     base: Any = None
-    answer = Answer(Submit("gen-1", (5,), None, Sampling(1, logprobs=k)), base, TokenNames(tokenizer()), created=0)
+    answer = Answer(
+        Submit("gen-1", (5,), None, Sampling(1, logprobs=k)), base, TokenNames(tokenizer()), 0, DEFAULT_BOOK.rates(0)
+    )
     answer.add(Done("gen-1", "finished", 1, 0, tokens, Residency()))
     assert answer.large is large

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from server.core import DEFAULT_TENANT
 from server.engine.blocks import BlockPool, chain
 from server.engine.lanes import SHARED, Urgency
+from server.engine.messages import Prices
 from server.engine.scheduler import Scheduler, Work
 
 SIZE = 4
@@ -17,6 +19,9 @@ SIZE = 4
 @dataclass
 class FakeSubmit:
     batch: bool = False
+    tenant: str = DEFAULT_TENANT
+    weight: float = 1.0
+    prices: Prices = field(default_factory=Prices)
 
 
 @dataclass
@@ -39,6 +44,8 @@ class FakeSequence:
     cached: int | None = None
     blocks: list[int] = field(default_factory=list)
     published: int = 0
+    charged: int = 0
+    preempted: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

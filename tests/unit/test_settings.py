@@ -87,7 +87,10 @@ BOUNDS: list[tuple[str, Any, Any]] = [  # field, the last values allowed, the fi
     ("drain_seconds", (0, 3600), (-0.1, 3600.1)),
     ("device", ("auto", "cpu", "cuda"), ("tpu",)),
     ("dtype", ("float16",), ("int8",)),
-    ("auth", ("off",), ("on",)),
+    ("auth", ("off", "on"), ("maybe",)),
+    ("events_url", ("", "https://example.org/events"), ("ftp://example.org", "example.org", "https://a:b@example.org")),
+    ("events_format", ("cloudevents", "stripe", "lago", "openmeter"), ("fax",)),
+    ("events_source", ("/onebase/eu", "x" * 128), ("", "two words", "x" * 129)),
 ]
 
 
@@ -119,3 +122,14 @@ def test_an_open_address_is_refused_without_insecure(host: str, monkeypatch: pyt
             Settings()
     monkeypatch.setenv("ONEBASE_INSECURE", "1")
     assert Settings().insecure
+
+
+def test_the_events_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEBASE_EVENTS_TOKEN", "sk_live_123")
+    settings = Settings()
+    assert settings.events_token.get_secret_value() == "sk_live_123"
+    assert "sk_live" not in f"{settings!r} {settings} {settings.model_dump_json()} {settings.model_dump()}"
+    monkeypatch.setenv("ONEBASE_EVENTS_TOKEN", "sk_live_123\nHost: x")
+    with pytest.raises(ValidationError, match="events_token") as refused:
+        Settings()
+    assert "sk_live" not in str(refused.value)

@@ -31,9 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": {"engine.messages"},
     "api": BOTTOM | {"settings", "metrics", "registry", "tenants", "engine", "model.loader"},
     "app": BOTTOM | {"settings", "machine", "metrics", "registry", "tenants", "engine", "lora", "model", "api"},
-    "run": BOTTOM | {"settings", "app", "api.state", "model"},
-    "cli": {"settings", "run"},
-    "demo": {"settings"},
+    "datadir": set(),
+    "run": BOTTOM | {"settings", "app", "api.state", "datadir", "model"},
+    "commands": BOTTOM | {"settings", "datadir", "tenants"},
+    "cli": {"settings", "run", "commands"},
+    "demo": {"settings", "demoview"},
+    "demoview": set(),
 }
 # What must load without these packages at all, imports of imports included.
 WEB = {"fastapi", "starlette", "pydantic", "pydantic_settings", "uvicorn", "httpx", "typer"}
@@ -47,6 +50,7 @@ LIGHT_MODULES = [
     "server.engine.messages",
     "server.engine.scheduler",
     "server.engine.sequence",
+    "server.engine.shares",
     "server.lora.eviction",
     "server.lora.header",
     "server.lora.patterns",

@@ -1,0 +1,53 @@
+"""Who may call what: the key is looked at before anything of the body is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
+
+from fastapi import Depends, Request, Response
+from fastapi.routing import APIRoute
+
+from server.api.state import State, state_of
+from server.errors import Forbidden
+from server.tenants.keys import Scope
+from server.tenants.tenant import Principal
+
+_READS = frozenset({"GET", "HEAD"})
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+def guarded(*, read: Scope | None, write: Scope) -> type[APIRoute]:
+    """A router's `route_class`: its calls need a key with the scope `read` (None: any key), or, if they change
+    something, `write`. Raises Unauthorized or Forbidden."""
+
+    class Guarded(APIRoute):
+        def get_route_handler(self) -> Handler:
+            handler, scope = super().get_route_handler(), read if (self.methods or set()) <= _READS else write
+
+            async def checked(request: Request) -> Response:
+                request.state.principal = _admitted(request, scope)
+                return await handler(request)
+
+            return checked
+
+    return Guarded
+
+
+def _admitted(request: Request, scope: Scope | None) -> Principal:
+    state: State = state_of(request)
+    if state.settings.auth == "off":
+        return state.accounts.anybody()
+    principal = state.accounts.directory.authenticate(request.headers.get("authorization"))
+    if scope is not None and not principal.may(scope):
+        raise Forbidden(f"this key has no scope {scope}", code="scope_missing")
+    return principal
+
+
+def principal_of(request: Request) -> Principal:
+    """Who sent a guarded call; a FastAPI dependency."""
+    principal: Principal = request.state.principal
+    return principal
+
+
+Caller = Annotated[Principal, Depends(principal_of)]

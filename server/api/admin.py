@@ -1,0 +1,122 @@
+"""`/admin`: tenants, their keys, and the prices. A change is in force for the next request."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Path, Query, Response
+
+from server.api import tenancy
+from server.api.access import Caller, guarded
+from server.api.moments import moment_ms
+from server.api.state import State, state_of
+from server.api.tenancy import Book, BookBody, KeyList, KeyMade, NewKeyBody, NewTenant, TenantInfo, TenantList
+from server.errors import Conflict
+from server.tenants.keys import Scope
+from server.tenants.tenant import Principal, Tenant
+
+router = APIRouter(prefix="/admin", route_class=guarded(read=Scope.ADMIN, write=Scope.ADMIN))
+OneState = Annotated[State, Depends(state_of)]
+TenantName = Annotated[str, Path(max_length=64)]
+KeyName = Annotated[str, Path(max_length=64)]
+Limit = Annotated[int, Query(ge=1, le=1000)]
+After = Annotated[str, Query(max_length=64)]
+
+
+@router.post("/tenants", status_code=201, response_model=TenantInfo)
+async def create_tenant(body: NewTenant, caller: Caller, state: OneState) -> dict[str, Any]:
+    """Makes a tenant, without any key."""
+    accounts = state.accounts
+    blank = Tenant(body.id, 0, b"")
+    tenant = await accounts.directory.create(body.id, **body.changes(blank, accounts.book))
+    return _shown(state, tenant)
+
+
+@router.get("/tenants", response_model=TenantList)
+async def list_tenants(caller: Caller, state: OneState, limit: Limit = 100, after: After = "") -> dict[str, Any]:
+    """All tenants by id, a page at a time."""
+    found = state.accounts.directory.tenants(limit=limit + 1, after=after)
+    data = [_shown(state, tenant) for tenant in found[:limit]]
+    return {"data": data, "next": data[-1]["id"] if len(found) > limit else None}
+
+
+@router.get("/tenants/{tenant}", response_model=TenantInfo)
+async def show_tenant(tenant: TenantName, caller: Caller, state: OneState) -> dict[str, Any]:
+    """One tenant, and what it does now."""
+    return _shown(state, state.accounts.directory.show(tenant))
+
+
+@router.patch("/tenants/{tenant}", response_model=TenantInfo)
+async def change_tenant(
+    tenant: TenantName, body: tenancy.TenantPatch, caller: Caller, state: OneState
+) -> dict[str, Any]:
+    """Changes what the body names. Requests that run go on as they were admitted."""
+    if body.disabled:
+        _not_oneself(caller, tenant)
+    accounts = state.accounts
+    return _shown(state, await accounts.update(tenant, lambda before: body.changes(before, accounts.book)))
+
+
+@router.post("/tenants/{tenant}/disable", response_model=TenantInfo)
+async def disable_tenant(tenant: TenantName, caller: Caller, state: OneState) -> dict[str, Any]:
+    """Refuses all of its keys from now on; its requests that run are finished."""
+    _not_oneself(caller, tenant)
+    return _shown(state, await state.accounts.directory.disable(tenant))
+
+
+@router.post("/tenants/{tenant}/keys", status_code=201, response_model=KeyMade)
+async def create_key(
+    tenant: TenantName, body: NewKeyBody, caller: Caller, state: OneState, response: Response
+) -> dict[str, Any]:
+    """Makes a key. Its token is in this answer and nowhere else; the tenant's other keys stay valid."""
+    expires = None if body.expires is None else moment_ms(body.expires, "expires")
+    scopes = {Scope(scope) for scope in body.scopes}
+    made = await state.accounts.directory.create_key(tenant, scopes, name=body.name, expires_ms=expires)
+    response.headers["Cache-Control"] = "no-store"
+    key, token = made
+    return tenancy.key_info(key) | {"token": token}
+
+
+@router.get("/tenants/{tenant}/keys", response_model=KeyList)
+async def list_keys(
+    tenant: TenantName, caller: Caller, state: OneState, limit: Limit = 100, after: After = ""
+) -> dict[str, Any]:
+    """Its keys without their secrets, also those that are revoked or have expired."""
+    found = await state.accounts.directory.keys(tenant, limit=limit + 1, after=after)
+    data = [tenancy.key_info(key) for key in found[:limit]]
+    return {"data": data, "next": data[-1]["id"] if len(found) > limit else None}
+
+
+@router.delete("/tenants/{tenant}/keys/{key}", status_code=204)
+async def revoke_key(tenant: TenantName, key: KeyName, caller: Caller, state: OneState) -> Response:
+    """Refuses the key from now on."""
+    await state.accounts.directory.revoke(tenant, key)
+    return Response(status_code=204)
+
+
+@router.get("/prices", response_model=Book)
+async def show_prices(caller: Caller, state: OneState) -> dict[str, Any]:
+    """The price book in force."""
+    return _priced(state)
+
+
+@router.put("/prices", response_model=Book)
+async def change_prices(body: BookBody, caller: Caller, state: OneState) -> dict[str, Any]:
+    """A new version of the price book, for what is admitted from now on."""
+    await state.accounts.reprice(tenancy.checked_prices(state.accounts.book, body.model_dump()))
+    return _priced(state)
+
+
+def _shown(state: State, tenant: Tenant) -> dict[str, Any]:
+    return tenancy.tenant_info(tenant, state.accounts.admission)
+
+
+def _priced(state: State) -> dict[str, Any]:
+    book = state.accounts.book.as_dict()
+    return book | {"rank_classes": [list(pair) for pair in book["rank_classes"]]}
+
+
+def _not_oneself(caller: Principal, tenant: str) -> None:
+    """Nobody would be left to undo it."""
+    if caller.tenant.id == tenant:
+        raise Conflict("this key is of that very tenant: disable it with another one's", code="own_tenant")

@@ -1,0 +1,128 @@
+"""`/v1/usage` and `/v1/invoices`: what a tenant used and what it owes, as JSON or CSV."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Response
+from pydantic import BaseModel
+
+from server.api.access import Caller, guarded
+from server.api.moments import moment_ms
+from server.api.state import State, state_of
+from server.api.tenancy import AdapterRow, DayRow, InvoiceInfo, RequestRow, UsagePage
+from server.errors import Forbidden
+from server.tenants import usage
+from server.tenants.invoice import invoice
+from server.tenants.keys import Scope
+from server.tenants.tenant import Principal
+from server.tenants.usage import MAX_LIMIT, GroupBy, Page
+
+PART = 2_000  # rows that are read at once: some milliseconds of the event loop
+NEXT = "x-next-after"  # a CSV's `next`
+router = APIRouter(prefix="/v1", route_class=guarded(read=Scope.USAGE_READ, write=Scope.USAGE_READ))
+OneState = Annotated[State, Depends(state_of)]
+Of = Annotated[str | None, Query(max_length=64, description="another tenant, for keys with the scope admin")]
+Format = Annotated[Literal["json", "csv"] | None, Query(alias="format", description="beats the Accept header")]
+Accept = Annotated[str, Header(max_length=4096)]
+_ROWS: dict[str, type[BaseModel]] = {"request": RequestRow, "adapter": AdapterRow, "day": DayRow}
+_KINDS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
+
+
+@router.get("/usage", response_model=UsagePage, responses=_KINDS)
+async def show_usage(
+    caller: Caller,
+    state: OneState,
+    since: Annotated[str, Query(alias="from", max_length=40)] = "0",
+    until: Annotated[str | None, Query(alias="to", max_length=40)] = None,
+    group_by: GroupBy = "request",
+    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 100,
+    after: Annotated[str | None, Query(max_length=200)] = None,
+    tenant: Of = None,
+    as_format: Format = None,
+    accept: Accept = "",
+) -> Response:
+    """Requests that have ended and were admitted from `from` until before `to`, a page at a time, oldest first."""
+    chosen: dict[str, Any] = {"group_by": group_by, "from_ms": moment_ms(since, "from")}
+    if until is not None:
+        chosen["to_ms"] = moment_ms(until, "to")
+    whose = _whose(caller, tenant, state)
+    as_csv = _is_csv(as_format, accept)
+    columns = list(_ROWS[group_by].model_fields)
+    dump = (lambda rows: _csv_rows(rows, columns)) if as_csv else _json_rows
+    async with state.pages:
+        parts, following = await _gather(state, whose, chosen, limit, after, dump)
+    if as_csv:
+        headers = {} if following is None else {NEXT: following}
+        body = ",".join(columns) + "\r\n" + "".join(parts)
+        return Response(body, media_type="text/csv", headers=headers)
+    inside = ",".join(part for part in parts if part)
+    return Response(f'{{"data":[{inside}],"next":{json.dumps(following)}}}', media_type="application/json")
+
+
+@router.get("/invoices/{month}", response_model=InvoiceInfo, responses=_KINDS)
+async def show_invoice(
+    month: Annotated[str, Path(max_length=16, description="yyyy-mm, in UTC")],
+    caller: Caller,
+    state: OneState,
+    tenant: Of = None,
+    as_format: Format = None,
+    accept: Accept = "",
+) -> Response:
+    """The bill of a month as it stands: a line for each adapter and kind of charge, which add up to the total."""
+    bill = await invoice(state.accounts.database, _whose(caller, tenant, state), month)
+    if _is_csv(as_format, accept):
+        return Response(bill.as_csv(), media_type="text/csv")
+    return Response(json.dumps(bill.as_dict()), media_type="application/json")
+
+
+async def _gather(
+    state: State,
+    tenant: str,
+    chosen: dict[str, Any],
+    limit: int,
+    after: str | None,
+    dump: Callable[[list[dict[str, Any]]], str],
+) -> tuple[list[str], str | None]:
+    """A page's rows as text, and its `next`. Single requests are read part by part, so that a hundred thousand of them
+    do not hold up the event loop; groups are few."""
+    parts: list[str] = []
+    while True:
+        many = min(limit, PART) if chosen["group_by"] == "request" else limit
+        found: Page = await usage.page(state.accounts.database, tenant, limit=many, after=after, **chosen)
+        parts.append(await asyncio.to_thread(dump, found.data))
+        limit, after = limit - len(found.data), found.next
+        if after is None or limit <= 0 or chosen["group_by"] != "request":
+            return parts, after
+
+
+def _whose(caller: Principal, tenant: str | None, state: State) -> str:
+    """Raises Forbidden for another's without the scope admin, and then TenantNotFound."""
+    if tenant is None or tenant == caller.tenant.id:
+        return caller.tenant.id
+    if not caller.may(Scope.ADMIN):
+        raise Forbidden("only an admin key reads another tenant's", param="tenant", code="scope_missing")
+    return state.accounts.directory.show(tenant).id
+
+
+def _is_csv(asked: str | None, accept: str) -> bool:
+    if asked is not None:
+        return asked == "csv"
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    return "text/csv" in kinds and "application/json" not in kinds
+
+
+def _json_rows(rows: list[dict[str, Any]]) -> str:
+    """Without the list's brackets."""
+    return json.dumps(rows, separators=(",", ":"))[1:-1]
+
+
+def _csv_rows(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,139 @@
+"""The database: SQLite or PostgreSQL behind one face, with its schema brought up to date when it is opened."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic.migration import MigrationContext
+from alembic.operations import Operations
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Table, event, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+MIGRATIONS = Path(__file__).parent / "migrations"
+BUSY_SECONDS = 10  # for another writer on SQLite, for a connection to PostgreSQL
+COMMAND_SECONDS = 60  # after which a statement on PostgreSQL has failed
+CONNECTIONS = 8
+_WRITES = "onebase_writes"
+_MIGRATION_LOCK = 0x6F6E6562  # an arbitrary number that only this program locks
+
+
+class DatabaseUnusable(RuntimeError):
+    """The database cannot be used: an unknown kind, or a schema from a later version of onebase."""
+
+
+class Database:
+    """An open database. Use `read()` for consistent reading and `write()` for a transaction."""
+
+    def __init__(self, engine: AsyncEngine):
+        self.engine = engine
+        self.dialect = engine.dialect.name
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """A connection whose reads see one state; nothing that it changes is kept."""
+        async with self.engine.connect() as connection:
+            if self.dialect == "postgresql":  # SQLite's transactions are like that anyway
+                await connection.execution_options(isolation_level="REPEATABLE READ")
+            yield connection
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """A transaction: committed, and durable, once the block is left without an exception; else rolled back."""
+        async with self.engine.connect() as connection:
+            await connection.execution_options(**{_WRITES: True})
+            async with connection.begin():
+                yield connection
+
+    def insert(self, table: Table) -> Any:
+        """An INSERT that has `on_conflict_do_nothing` and `on_conflict_do_update`, which both databases spell alike."""
+        return sqlite.insert(table) if self.dialect == "sqlite" else postgresql.insert(table)
+
+    async def close(self) -> None:
+        """Close every connection."""
+        await self.engine.dispose()
+
+
+async def open_database(url: str) -> Database:
+    """Connect to `sqlite:///file` or `postgresql://…` and migrate to the newest schema.
+
+    Raises `DatabaseUnusable` where this version cannot work with what is there, and SQLAlchemy's or the driver's error
+    where there is no way in.
+    """
+    database = Database(_engine(_url(url)))
+    try:
+        script = await asyncio.to_thread(ScriptDirectory, MIGRATIONS)
+        async with database.write() as connection:
+            if database.dialect == "postgresql":  # SQLite's write transaction is a lock already
+                await connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
+            await connection.run_sync(_migrate, script)
+    except BaseException:
+        await database.close()
+        raise
+    return database
+
+
+def _url(text: str) -> URL:
+    url = make_url(text)
+    match url.get_backend_name():
+        case "sqlite":
+            return url.set(drivername="sqlite+aiosqlite")
+        case "postgresql" | "postgres":
+            return url.set(drivername="postgresql+asyncpg")
+        case other:
+            raise DatabaseUnusable(f"the database must be sqlite or postgresql, not {other}")
+
+
+def _engine(url: URL) -> AsyncEngine:
+    if url.get_backend_name() == "postgresql":
+        bounds = {"timeout": BUSY_SECONDS, "command_timeout": COMMAND_SECONDS}
+        return create_async_engine(url, pool_size=CONNECTIONS, pool_pre_ping=True, connect_args=bounds)
+    engine = create_async_engine(url, pool_size=CONNECTIONS)
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # the driver begins no transaction by itself: `_begin_sqlite` does
+    cursor = connection.cursor()
+    for pragma in (
+        f"busy_timeout = {BUSY_SECONDS * 1000}",
+        "journal_mode = WAL",
+        "synchronous = FULL",  # a commit is on the disk when it returns
+        "foreign_keys = ON",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A writer takes its lock at once: one that reads first and writes later may find that it cannot have it."""
+    writes = connection.get_execution_options().get(_WRITES)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _migrate(connection: Connection, script: ScriptDirectory) -> None:
+    """Run what is missing of the revisions, in the transaction that `connection` is in."""
+    known = {revision.revision for revision in script.walk_revisions()}
+    head = script.get_current_head()
+    assert head is not None
+
+    def missing(current: tuple[str, ...], _: MigrationContext) -> list[Any]:
+        later = set(current) - known
+        if later:
+            raise DatabaseUnusable(
+                f"the database has schema {', '.join(sorted(later))}, which this version of onebase does not know: "
+                "it is from a later one"
+            )
+        return list(script._upgrade_revs(head, current))  # type: ignore[arg-type]
+
+    context = MigrationContext.configure(connection, opts={"fn": missing})
+    with Operations.context(context):
+        context.run_migrations()

@@ -1,0 +1,136 @@
+"""What adapters occupied over time: byte-seconds stored, and byte-seconds of merged copies, by adapter and UTC day."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from server.tenants.database import Database
+from server.tenants.money import half_up
+from server.tenants.prices import PriceBook
+from server.tenants.tables import holdings
+
+Kind = Literal["storage", "merged"]
+KINDS: tuple[Kind, ...] = ("storage", "merged")
+GB = 10**9
+DAY = 86_400
+_SECONDS = {"storage": DAY, "merged": 3_600}  # of a GB-day, of a GB-hour
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Bytes that an adapter of a tenant occupies: all its versions together."""
+
+    tenant: str
+    adapter: str
+    kind: Kind
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One holding over a part of one day, seconds UTC."""
+
+    held: Held
+    day: int
+    begin: int
+    end: int
+
+
+def price_of(book: PriceBook, kind: Kind) -> int:
+    """Micro-dollars per GB-day stored, or per GB-hour merged."""
+    return book.adapter_gb_day if kind == "storage" else book.merged_gb_hour
+
+
+def cost(kind: Kind, byte_seconds: int, price: int) -> int:
+    """Micro-dollars of one line (an adapter, a kind, a day), rounded half up, once."""
+    return half_up(byte_seconds * price, GB * _SECONDS[kind])
+
+
+class Holdings:
+    """Adds up what is held.
+
+    What `sample` is told is held until it is told otherwise, so it is called on every change and, say, once a minute.
+    Time when no server runs is on nobody's bill, and neither is what was held after the last sample before a crash.
+    `book_of` is asked for a tenant's prices when a day's line begins; a later book holds from the next day on.
+    """
+
+    def __init__(self, database: Database, book_of: Callable[[str], PriceBook]):
+        self._database = database
+        self._book_of = book_of
+        self._since: int | None = None
+        self._held: tuple[Held, ...] = ()
+        self._one_at_a_time = asyncio.Lock()
+
+    async def sample(self, now: int, held: Iterable[Held]) -> None:
+        """`now` in whole seconds UTC; a clock that was set back adds nothing.
+
+        When the database fails, its error is raised and nothing is lost: what was held stays so until a later sample
+        succeeds. Nothing is added twice, even where a commit that seemed to fail was done after all.
+        """
+        async with self._one_at_a_time:
+            since = now if self._since is None else self._since
+            pieces = [piece for one in self._held for piece in _by_day(one, since, now)]
+            if pieces:
+                async with self._database.write() as connection:
+                    await self._add(connection, pieces)
+            self._since = max(now, since)
+            self._held = _together(held)
+
+    async def _add(self, connection: AsyncConnection, pieces: list[_Piece]) -> None:
+        there = await _lines(connection, {piece.day for piece in pieces})
+        rows = []
+        for piece in pieces:
+            held = piece.held
+            line = there.get((held.tenant, held.adapter, held.kind, piece.day))
+            if line is None:
+                book = self._book_of(held.tenant)
+                counted, begin, price, version = 0, piece.begin, price_of(book, held.kind), book.version
+            else:
+                counted, begin = line.byte_seconds, max(piece.begin, line.through_s)
+                price, version = line.price, line.price_version
+            counted += held.bytes * max(0, piece.end - begin)
+            rows.append(
+                {
+                    "tenant": held.tenant,
+                    "adapter": held.adapter,
+                    "kind": held.kind,
+                    "day": piece.day,
+                    "byte_seconds": counted,
+                    "through_s": max(begin, piece.end),
+                    "price_version": version,
+                    "price": price,
+                    "cost": cost(held.kind, counted, price),
+                }
+            )
+        new = self._database.insert(holdings)
+        changed = {name: new.excluded[name] for name in ("byte_seconds", "through_s", "cost")}
+        keys = list(holdings.primary_key)
+        await connection.execute(new.on_conflict_do_update(index_elements=keys, set_=changed), rows)
+
+
+def _together(held: Iterable[Held]) -> tuple[Held, ...]:
+    """One entry for each tenant, adapter and kind."""
+    sums: dict[tuple[str, str, Kind], int] = {}
+    for one in held:
+        key = (one.tenant, one.adapter, one.kind)
+        sums[key] = sums.get(key, 0) + one.bytes
+    return tuple(Held(*key, size) for key, size in sums.items() if size)
+
+
+def _by_day(held: Held, begin: int, end: int) -> Iterator[_Piece]:
+    while begin < end:
+        day = begin // DAY
+        until = min(end, (day + 1) * DAY)
+        yield _Piece(held, day, begin, until)
+        begin = until
+
+
+async def _lines(connection: AsyncConnection, days: set[int]) -> Mapping[tuple[str, str, str, int], Any]:
+    found = (await connection.execute(select(holdings).where(holdings.c.day.in_(days)))).all()
+    return {(row.tenant, row.adapter, row.kind, row.day): row for row in found}

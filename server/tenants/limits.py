@@ -1,0 +1,239 @@
+"""Admission: what a tenant may start now, by its rates, its parallel requests and its budget.
+
+Everything here runs on the event loop's thread without an await, so that what is checked still holds when it is taken.
+
+Rates are fixed windows of a minute that begin with a tenant's first request: across two of them up to twice the limit
+may fall into one minute. Tokens are reserved as prompt + max_tokens and given back when the request ends, if its
+window still lasts.
+
+A budget holds back each request's worst cost until it ends. If less than that is left, the request gets what is left
+as its `allowance`, and the engine ends it when its cost reaches that. So a window's spending exceeds `max_budget` only
+by what requests with an allowance make beyond it in the step that reaches it: a completion token each, where
+`least_cost` names the prompt's price. A request counts in the window in which it began, also when it ends in a later
+one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from limits import RateLimitItemPerMinute
+from limits.strategies import FixedWindowRateLimiter
+
+from server.errors import Forbidden, InvalidRequest, RateLimited
+from server.tenants.tenant import Limits, Tenant, duration_ms
+from server.tenants.windows import Windows
+
+log = logging.getLogger("onebase.tenants")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A budget's window in milliseconds since 1970: from `start_ms` on, before `end_ms` (None: no end)."""
+
+    start_ms: int
+    end_ms: int | None
+
+
+def budget_window(limits: Limits, now_ms: int) -> Window:
+    """The window that `now_ms` lies in. The ledger adds up from its `start_ms` what a tenant has spent."""
+    if limits.budget_duration is None:
+        return Window(0, None)
+    length = duration_ms(limits.budget_duration)
+    start = now_ms - now_ms % length
+    return Window(start, start + length)
+
+
+@dataclass(slots=True)
+class _Account:
+    """What one tenant does now: its parallel requests, and the money of its budget's window."""
+
+    window: Window
+    turn: int = 0  # how often the money began anew
+    running: int = 0
+    spent: int = 0
+    held: int = 0
+    warned: bool = False
+
+
+class Reservation:
+    """A place for one request. `settle` or `release` gives it back; as a context manager it is released if the block
+    did not settle it.
+
+    `allowance` is the micro-dollars at which the engine must end it; None if its worst cost fits, or there is no
+    budget. `created_ms` is the time that decides which budget window it counts in: the ledger's record carries it.
+    """
+
+    __slots__ = ("_admission", "_ends", "_turn", "allowance", "created_ms", "held", "settled", "tenant", "tokens")
+
+    def __init__(self, admission: Admission, tenant: Tenant, tokens: int, held: int, worst_cost: int, created_ms: int):
+        self._admission = admission
+        self._ends: dict[str, float] = {}  # of the rate windows that were counted in
+        self._turn = 0
+        self.tenant = tenant
+        self.tokens = tokens
+        self.held = held
+        self.allowance = held if tenant.limits.max_budget is not None and held < worst_cost else None
+        self.created_ms = created_ms
+        self.settled = False
+
+    def settle(self, tokens: int, cost: int) -> None:
+        """The request ended with `tokens` computed and `cost` micro-dollars. Raises `RuntimeError` the second time."""
+        if self.settled:
+            raise RuntimeError("a reservation is settled once")
+        self.settled = True
+        self._admission._settle(self, tokens, cost)
+
+    def release(self) -> None:
+        """The request never ran: nothing was used. Does nothing once it is settled."""
+        if not self.settled:
+            self.settle(0, 0)
+
+    def __enter__(self) -> Reservation:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class Admission:
+    """The limits of all tenants. `clock` gives seconds since 1970; `spent` is as for `load`, at the start. `refused`
+    counts refusals by code and `soft_warnings` windows that went over a `soft_budget`. Memory: one small account a
+    tenant."""
+
+    def __init__(self, spent: Iterable[tuple[Tenant, int]] = (), *, clock: Callable[[], float] = time.time):
+        self._clock = clock
+        self._windows = Windows(clock)
+        self._rates = FixedWindowRateLimiter(self._windows)
+        self._accounts: dict[str, _Account] = {}
+        self.refused: Counter[str] = Counter()
+        self.soft_warnings = 0
+        for tenant, microusd in spent:
+            self.load(tenant, microusd)
+
+    def reserve(
+        self, tenant: Tenant, tokens: int, worst_cost: int, adapter: str | None = None, *, least_cost: int = 1
+    ) -> Reservation:
+        """A place for a request of `tokens` (prompt + max_tokens) that can cost up to `worst_cost` micro-dollars.
+
+        `least_cost` is what it costs at the least, its prompt: with less than that left of the budget it is refused.
+        Raises `Forbidden` for an adapter that is not among the allowed, `InvalidRequest` for more tokens than fit a
+        whole minute, `RateLimited` for the rest. What is refused uses nothing up.
+        """
+        limits, now = tenant.limits, self._clock()
+        if limits.allowed_adapters is not None and adapter is not None and adapter not in limits.allowed_adapters:
+            raise Forbidden("this adapter is not among those that the tenant may use", code="adapter_not_allowed")
+        if limits.tpm_limit is not None and tokens > limits.tpm_limit:
+            raise InvalidRequest(
+                f"prompt and max_tokens are {tokens} tokens; the limit is {limits.tpm_limit} a minute",
+                param="max_tokens",
+                code="tokens_exceed_limit",
+            )
+        now_ms = int(now * 1000)
+        account = self._account(tenant, now_ms)
+        if limits.max_parallel_requests is not None and account.running >= limits.max_parallel_requests:
+            raise self._refusal(tenant, "too many requests of this tenant run at once", "parallel_limit", 1)
+        used = {"requests": 1, "tokens": tokens}
+        for kind, item in self._items(limits).items():
+            if not self._rates.test(item, tenant.id, kind, cost=used[kind]):
+                wait = math.ceil(self._rates.get_window_stats(item, tenant.id, kind).reset_time - now)
+                raise self._refusal(tenant, f"the limit of {item.amount} {kind} a minute", f"{kind}_limit", wait)
+        held = self._hold(tenant, account, worst_cost, least_cost, now_ms)
+        reservation = Reservation(self, tenant, tokens, held, worst_cost, now_ms)
+        reservation._turn = account.turn
+        account.running += 1
+        account.held += held
+        for kind, item in self._items(limits).items():
+            self._rates.hit(item, tenant.id, kind, cost=used[kind])
+            reservation._ends[kind] = self._windows.get_expiry(item.key_for(tenant.id, kind))
+        return reservation
+
+    def headers(self, tenant: Tenant) -> dict[str, str]:
+        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of the limits that the tenant has."""
+        now, headers = self._clock(), {}
+        for kind, item in self._items(tenant.limits).items():
+            stats = self._rates.get_window_stats(item, tenant.id, kind)
+            headers[f"x-ratelimit-limit-{kind}"] = str(item.amount)
+            headers[f"x-ratelimit-remaining-{kind}"] = str(stats.remaining)
+            headers[f"x-ratelimit-reset-{kind}"] = f"{max(0, math.ceil(stats.reset_time - now))}s"
+        return headers
+
+    def running(self, tenant: str) -> int:
+        """How many requests of the tenant run now."""
+        account = self._accounts.get(tenant)
+        return account.running if account else 0
+
+    def spent(self, tenant: Tenant) -> int:
+        """What requests that have ended cost in the present window, as far as `load` and this process know."""
+        return self._account(tenant, int(self._clock() * 1000)).spent
+
+    def budget_left(self, tenant: Tenant) -> int | None:
+        """What neither was spent nor is held back of the budget, micro-dollars; None without a budget."""
+        if tenant.limits.max_budget is None:
+            return None
+        account = self._account(tenant, int(self._clock() * 1000))
+        return max(0, tenant.limits.max_budget - account.spent - account.held)
+
+    def load(self, tenant: Tenant, spent: int) -> None:
+        """Set what the tenant has spent in its present `budget_window`, micro-dollars: at the start, and after its
+        `budget_duration` was changed. It is of requests that have ended; those that run are held back."""
+        self._account(tenant, int(self._clock() * 1000)).spent = spent
+
+    def _account(self, tenant: Tenant, now_ms: int) -> _Account:
+        window = budget_window(tenant.limits, now_ms)
+        account = self._accounts.get(tenant.id)
+        if account is None:
+            account = self._accounts[tenant.id] = _Account(window)
+        elif account.window != window:
+            if account.window.end_ms is not None and now_ms >= account.window.end_ms:
+                account.spent, account.held, account.warned = 0, 0, False
+                account.turn += 1
+            # else the duration was changed: what was spent stays counted until `load` says better
+            account.window = window
+        return account
+
+    def _hold(self, tenant: Tenant, account: _Account, worst: int, least: int, now_ms: int) -> int:
+        budget = tenant.limits.max_budget
+        if budget is None:
+            return 0
+        left = budget - account.spent - account.held
+        if left >= max(1, least):
+            return min(worst, left)
+        if account.held and budget - account.spent >= max(1, least):
+            wait: int | None = 1  # it is only held back: requests that run may give some of it back
+        else:
+            end = account.window.end_ms
+            wait = None if end is None else math.ceil((end - now_ms) / 1000)
+        raise self._refusal(tenant, "the budget is used up", "budget_exhausted", wait)
+
+    def _settle(self, reservation: Reservation, tokens: int, cost: int) -> None:
+        tenant = reservation.tenant
+        unused = reservation.tokens - tokens
+        if "tokens" in reservation._ends and unused > 0:
+            key = self._items(tenant.limits)["tokens"].key_for(tenant.id, "tokens")
+            self._windows.give_back(key, reservation._ends["tokens"], unused)
+        account = self._accounts[tenant.id]
+        account.running -= 1
+        if account.turn != reservation._turn:
+            return  # it counts in a window that is over
+        account.held -= reservation.held
+        account.spent += cost
+        soft = tenant.limits.soft_budget
+        if soft is not None and account.spent >= soft and not account.warned:
+            account.warned = True
+            self.soft_warnings += 1
+            log.warning("tenant %s has spent %d micro-dollars, its soft budget is %d", tenant.id, account.spent, soft)
+
+    def _items(self, limits: Limits) -> dict[str, RateLimitItemPerMinute]:
+        amounts = {"requests": limits.rpm_limit, "tokens": limits.tpm_limit}
+        return {kind: RateLimitItemPerMinute(amount) for kind, amount in amounts.items() if amount is not None}
+
+    def _refusal(self, tenant: Tenant, message: str, code: str, wait: int | None) -> RateLimited:
+        self.refused[code] += 1
+        retry_after = None if wait is None else max(1, wait)
+        return RateLimited(message, code=code, retry_after=retry_after, headers=self.headers(tenant))

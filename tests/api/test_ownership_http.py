@@ -1,0 +1,88 @@
+"""Two tenants with keys over HTTP: whose adapters they see, use and change, and how many they may keep."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from server.tenants.keys import Scope
+from tests.families import adapter_bytes
+from tests.serving import Server, refused
+
+
+@pytest.fixture(scope="module")
+def served(base, tmp_path_factory) -> Iterator[tuple[Server, dict[str, dict[str, str]]]]:
+    """A server with AUTH on, and the headers of its tenants."""
+    with Server(base, tmp_path_factory.mktemp("data"), auth="on") as server:
+        directory, loop = server.state.accounts.directory, server.state.client.loop
+
+        async def key(tenant: str, **quotas: int) -> dict[str, str]:
+            await directory.create(tenant, **quotas)
+            _, token = await directory.create_key(tenant, [Scope.GENERATE, Scope.ADAPTERS_WRITE])
+            return {"Authorization": f"Bearer {token}"}
+
+        def made(tenant: str, **quotas: int) -> dict[str, str]:
+            return asyncio.run_coroutine_threadsafe(key(tenant, **quotas), loop).result(20)
+
+        yield server, {"ann": made("ann"), "bob": made("bob"), "cyd": made("cyd", max_adapters=1)}
+
+
+def put(server: Server, name: str, folder: Any, headers: dict[str, str]) -> Any:
+    config, weights = adapter_bytes(folder)
+    return server.http.put(f"/adapters/{name}", files={"config": config, "weights": weights}, headers=headers)
+
+
+def names(server: Server, headers: dict[str, str]) -> dict[str, bool]:
+    return {one["name"]: one["own"] for one in server.http.get("/adapters", headers=headers).json()["data"]}
+
+
+def test_private_until_published(served, adapters):
+    server, keys = served
+    body = {"adapter": "tone", "prompt": "hello", "max_tokens": 4}
+    digest = put(server, "tone", adapters[0], keys["ann"]).json()["digest"]
+    assert put(server, "same", adapters[0], keys["bob"]).json()["digest"] == digest
+    for name in ("tone", "nobodys"):
+        calls = [
+            server.http.get(f"/adapters/{name}", headers=keys["bob"]),
+            server.http.get(f"/adapters/{name}/versions", headers=keys["bob"]),
+            server.http.patch(f"/adapters/{name}", json={"public": True}, headers=keys["bob"]),
+            server.http.delete(f"/adapters/{name}", headers=keys["bob"]),
+            server.http.post("/v1/generate", json=body | {"adapter": name}, headers=keys["bob"]),
+        ]
+        told = [refused(answer, 404, "adapter") for answer in calls]
+        assert {(one["message"], one["code"]) for one in told} == {(f"there is no adapter {name}", "adapter_not_found")}
+    assert names(server, keys["bob"]) == {"same": True}
+    first = server.http.post("/v1/generate", json=body, headers=keys["ann"]).json()["adapter"]
+    assert (first["digest"], first["cold"]) == (digest, True)
+    assert server.http.get("/adapters/same", headers=keys["bob"]).json()["residency"] == "disk"
+    own = server.http.post("/v1/generate", json=body | {"adapter": "same"}, headers=keys["bob"]).json()["adapter"]
+    assert (own["digest"], own["cold"]) == (digest, True), "that another has the same bytes there does not show"
+    status = server.http.patch("/adapters/tone", json={"public": True}, headers=keys["ann"]).json()
+    assert (status["public"], status["own"], status["requests"]) == (True, True, 1)
+    assert names(server, keys["bob"]) == {"same": True, "tone": False}
+    seen = server.http.get("/adapters/tone", headers=keys["bob"]).json()
+    assert (seen["own"], seen["requests"], seen["in_flight"], seen["last_used"]) == (False, 0, 0, None)
+    used = server.http.post("/v1/generate", json=body, headers=keys["bob"]).json()["adapter"]
+    assert (used["name"], used["digest"], used["cold"]) == ("tone", digest, False)
+    refused(server.http.delete("/adapters/tone", headers=keys["bob"]), 404, "adapter")
+    assert put(server, "tone", adapters[1], keys["bob"]).status_code == 201
+    taken = server.http.patch("/adapters/tone", json={"public": True}, headers=keys["bob"])
+    assert refused(taken, 409, "public")["code"] == "name_published"
+    assert names(server, keys["bob"]) == {"same": True, "tone": True}
+    server.http.patch("/adapters/tone", json={"public": False}, headers=keys["ann"])
+    assert names(server, keys["cyd"]) == {}
+    server.idle()
+
+
+def test_a_quota_is_refused_before_the_body_is_read(served, adapters):
+    server, keys = served
+    assert put(server, "one", adapters[0], keys["cyd"]).status_code == 201
+    assert put(server, "one", adapters[1], keys["cyd"]).status_code == 200
+    unread = server.http.put("/adapters/two", content=b"not a form", headers=keys["cyd"])
+    told = refused(unread, 409)
+    assert (told["code"], told["message"]) == ("quota_exceeded", "this tenant may keep 1 adapters and has 1")
+    assert server.http.delete("/adapters/one", headers=keys["cyd"]).status_code == 204
+    assert put(server, "two", adapters[0], keys["cyd"]).status_code == 201

@@ -1,0 +1,402 @@
+"""Keys, scopes, limits, prices and bills over HTTP, with AUTH on."""
+
+import csv
+import io
+import time
+
+import httpx
+import pytest
+
+from tests.serving import Server, refused, until
+
+OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
+PROMPT = {"prompt": "hello", "max_tokens": 4}
+ALL = ["generate", "adapters:write", "usage:read"]
+
+
+class Account:
+    """A tenant of the server's, with a key."""
+
+    def __init__(self, admin: "Admin", name: str, scopes: list[str]):
+        self.name = name
+        self.key = admin.key(name, scopes)
+        self.http = admin.client(self.key["token"])
+
+    def generate(self, **body):
+        return self.http.post("/v1/generate", json=PROMPT | body)
+
+    def costs(self, **body) -> dict:
+        response = self.generate(**body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+class Admin:
+    """The admin of a server with AUTH on."""
+
+    def __init__(self, server: Server, token: str):
+        self.server, self.token = server, token
+        self.clients: list[httpx.Client] = []
+        self.http = self.client(token)
+        self._names = 0
+
+    def client(self, token: str | None) -> httpx.Client:
+        headers = {} if token is None else {"authorization": f"Bearer {token}"}
+        self.clients.append(httpx.Client(base_url=self.server.url, timeout=60, headers=headers))
+        return self.clients[-1]
+
+    def key(self, tenant: str, scopes: list[str], **more) -> dict:
+        response = self.http.post(f"/admin/tenants/{tenant}/keys", json={"scopes": scopes, **more})
+        assert response.status_code == 201, response.text
+        assert response.headers["cache-control"] == "no-store"
+        return response.json()
+
+    def tenant(self, scopes=ALL, **body) -> Account:
+        self._names += 1
+        name = f"t{self._names}"
+        response = self.http.post("/admin/tenants", json={"id": name, **body})
+        assert response.status_code == 201, response.text
+        return Account(self, name, list(scopes))
+
+    def change(self, account: Account, **body) -> dict:
+        response = self.http.patch(f"/admin/tenants/{account.name}", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+
+@pytest.fixture(scope="module")
+def admin(base, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        said = io.StringIO()
+        patch.setattr("sys.stderr", said)
+        server = Server(base, tmp_path_factory.mktemp("data"), auth="on")
+        server.__enter__()
+    token = said.getvalue().split("this once:\n")[1].split()[0]
+    admin = Admin(server, token)
+    yield admin
+    for client in admin.clients:
+        client.close()
+    server.idle()
+    server.__exit__()
+
+
+def routes(router) -> list[tuple[str, str]]:
+    """Every method and path, of the routers that were included too, but for what is open."""
+    found = []
+    for route in router.routes:
+        if hasattr(route, "original_router"):
+            found += routes(route.original_router)
+        elif route.path not in OPEN:
+            found += [(method, route.path) for method in route.methods]
+    return found
+
+
+def test_every_route_needs_a_key_before_it_reads_the_body(admin):
+    found = routes(admin.server.app)
+    assert {path for _, path in found} >= {"/v1/generate", "/adapters/{name}", "/v1/usage", "/admin/tenants"}
+    documented = set(admin.server.http.get("/openapi.json").json()["paths"])
+    assert {path for _, path in found} == documented - OPEN
+    assert OPEN - documented == {"/openapi.json"}
+    wrong = [None, "nonsense", "ob_0123456789abcdef_" + "x" * 43, admin.token[:-1] + "!", admin.token[:-2]]
+    same = set()
+    for token in wrong:
+        http = admin.client(token)
+        for method, path in found:
+            for send in ({}, {"content": b"{not json", "headers": {"content-type": "application/json"}}):
+                response = http.request(method, path.replace("{name}", "a").replace("{tenant}", "default"), **send)
+                assert refused(response, 401, None)["code"] == "invalid_api_key", (method, path)
+                assert response.headers["www-authenticate"].startswith("Bearer")
+                same.add(response.content)
+    assert len(same) == 1
+
+
+def test_what_is_open_needs_no_key(admin):
+    http = admin.client(None)
+    for path in OPEN:
+        assert http.get(path).status_code == 200, path
+
+
+def test_each_scope_allows_its_own_calls_only(admin, adapters):
+    name = admin.tenant().name
+    put = {"files": {"config": (adapters[0] / "adapter_config.json").read_bytes()}}
+    calls = {
+        "generate": ("POST", "/v1/generate", {"json": PROMPT}),
+        "adapters:write": ("DELETE", "/adapters/none", {}),
+        "usage:read": ("GET", "/v1/usage", {}),
+        "admin": ("GET", "/admin/tenants", {}),
+    }
+    for scope in calls:
+        http = admin.client(admin.key(name, [scope])["token"])
+        for needed, (method, path, more) in calls.items():
+            response = http.request(method, path, **more)
+            if needed == scope:
+                assert response.status_code in (200, 404), response.text
+            else:
+                assert refused(response, 403)["code"] == "scope_missing"
+        assert http.get("/adapters").status_code == 200, "any key lists its own adapters"
+        if scope != "adapters:write":
+            refused(http.put("/adapters/x", **put), 403)
+        if scope != "admin":
+            for path in (f"/admin/tenants/{name}/keys", "/admin/prices", "/admin/tenants/nobody"):
+                refused(http.get(path), 403)
+
+
+def test_a_key_is_rotated_with_both_valid_and_revoked(admin):
+    account = admin.tenant()
+    second = admin.key(account.name, ["generate"], name="second")
+    other = admin.client(second["token"])
+    assert account.generate().status_code == other.post("/v1/generate", json=PROMPT).status_code == 200
+    assert admin.http.delete(f"/admin/tenants/{account.name}/keys/{account.key['id']}").status_code == 204
+    refused(account.generate(), 401)
+    assert other.post("/v1/generate", json=PROMPT).status_code == 200
+    assert admin.http.delete(f"/admin/tenants/{account.name}/keys/{account.key['id']}").status_code == 204
+    listed = {key["id"]: key for key in admin.http.get(f"/admin/tenants/{account.name}/keys").json()["data"]}
+    assert set(listed) == {account.key["id"], second["id"]}
+    assert listed[account.key["id"]]["revoked"] > 0
+    assert listed[second["id"]] == {name: value for name, value in second.items() if name != "token"}
+    wrong = admin.http.delete(f"/admin/tenants/default/keys/{second['id']}")
+    assert refused(wrong, 404)["code"] == "key_not_found"
+
+
+def test_a_key_expires(admin, monkeypatch):
+    account = admin.tenant()
+    key = admin.key(account.name, ["generate"], expires=time.time() + 3600)
+    http = admin.client(key["token"])
+    assert http.post("/v1/generate", json=PROMPT).status_code == 200
+    monkeypatch.setattr(admin.server.state.accounts.directory, "_clock", lambda: time.time() + 3600)
+    refused(http.post("/v1/generate", json=PROMPT), 401)
+    assert account.generate().status_code == 200
+    for expires in ("yesterday", "2001-01-01T00:00:00Z", 1, -1, True, 2**60):
+        body = {"scopes": ["generate"], "expires": expires}
+        refused(admin.http.post(f"/admin/tenants/{account.name}/keys", json=body), 422)
+    iso = admin.key(account.name, ["generate"], expires="2100-01-01")
+    assert iso["expires"] == 4102444800.0
+
+
+def test_a_disabled_tenants_running_request_finishes(admin, monkeypatch):
+    account = admin.tenant()
+    run = admin.server.runner.run
+    monkeypatch.setattr(admin.server.runner, "run", lambda *parts: (time.sleep(0.05), run(*parts))[1])
+    body = PROMPT | {"stream": True, "max_tokens": 10, "ignore_eos": True}
+    with account.http.stream("POST", "/v1/generate", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        shown = admin.http.post(f"/admin/tenants/{account.name}/disable").json()
+        assert (shown["disabled"], shown["running"]) == (True, 1)
+        refused(account.generate(), 401)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    admin.change(account, disabled=False)
+    assert account.generate().status_code == 200
+    for refusal in (
+        admin.http.post("/admin/tenants/default/disable"),
+        admin.http.patch("/admin/tenants/default", json={"disabled": True}),
+    ):
+        assert refused(refusal, 409)["code"] == "own_tenant"
+
+
+def test_a_changed_limit_is_in_force_for_the_next_request(admin):
+    account = admin.tenant(limits={"rpm_limit": 1000})
+    answer = account.generate()
+    assert answer.headers["x-ratelimit-limit-requests"] == "1000"
+    shown = admin.change(account, limits={"rpm_limit": 1, "tpm_limit": 500}, weight=2)
+    assert (shown["limits"]["rpm_limit"], shown["limits"]["tpm_limit"], shown["weight"]) == (1, 500, 2.0)
+    assert account.generate().status_code == 200
+    response = account.generate()
+    assert refused(response, 429)["code"] == "requests_limit"
+    assert int(response.headers["retry-after"]) >= 1
+    assert response.headers["x-ratelimit-remaining-requests"] == "0"
+    shown = admin.change(account, limits={"rpm_limit": None})
+    assert (shown["limits"]["rpm_limit"], shown["limits"]["tpm_limit"]) == (None, 500), "the other one stays"
+    assert account.generate().status_code == 200
+    page = admin.client(None).get("/metrics").text
+    assert 'onebase_limit_refusals_total{code="requests_limit"}' in page
+    assert account.name not in page
+
+
+def test_a_new_budget_counts_what_was_spent_before(admin):
+    account = admin.tenant()
+    spent = account.costs(max_tokens=20, ignore_eos=True)["usage"]["cost_microusd"]
+    assert spent > 0
+    shown = admin.change(account, limits={"max_budget": spent, "budget_duration": "30d"})
+    assert shown["budget_left"] == 0
+    assert refused(account.generate(), 429)["code"] == "budget_exhausted"
+    assert admin.change(account, limits={"max_budget": spent + 50})["budget_left"] == 50
+    assert account.generate().status_code == 200
+    assert admin.change(account, limits={"max_budget": None})["budget_left"] is None
+
+
+def test_classes_and_prices_of_a_tenant(admin):
+    account = admin.tenant(classes=["interactive"], prices={"completion": 10**9})
+    assert refused(account.generate(priority="batch"), 403)["code"] == "class_not_allowed"
+    used = account.costs()["usage"]
+    assert used["cost_microusd"] >= used["completion_tokens"] * 1000
+    shown = admin.change(
+        account, prices={"completion": None, "prompt": 0, "cached": 0}, classes=["batch", "interactive"]
+    )
+    assert shown["prices"] == {"prompt": 0, "cached": 0}
+    assert account.costs(priority="batch")["usage"]["cost_microusd"] < 1000
+
+
+def test_a_new_price_book_holds_for_the_next_request(admin):
+    account = admin.tenant()
+    before = admin.http.get("/admin/prices").json()
+    dear = {name: price for name, price in before.items() if name != "version"} | {"completion": 5 * 10**9}
+    changed = admin.http.put("/admin/prices", json=dear)
+    assert changed.status_code == 200, changed.text
+    assert changed.json() == dear | {"version": before["version"] + 1}
+    assert admin.http.get("/admin/prices").json() == changed.json()
+    used = account.costs()["usage"]
+    assert used["cost_microusd"] >= used["completion_tokens"] * 5000
+    cheap = {name: price for name, price in before.items() if name != "version"}
+    assert admin.http.put("/admin/prices", json=cheap).json()["version"] == before["version"] + 2
+    for wrong in ({"prompt": -1}, {"rank_classes": [[8, 1], [8, 1]]}, {"rank_classes": [[8]]}, {"version": 9}):
+        refused(admin.http.put("/admin/prices", json=cheap | wrong), 422)
+    refused(admin.http.put("/admin/prices", json={"prompt": 1}), 422, "cached")
+
+
+def test_tenants_are_listed_in_pages_without_their_salt(admin):
+    for _ in range(3):
+        admin.tenant(customer="cus_1")
+    found, after = [], ""
+    while after is not None:
+        page = admin.http.get("/admin/tenants", params={"limit": 2, "after": after}).json()
+        assert 1 <= len(page["data"]) <= 2
+        found, after = found + page["data"], page["next"]
+    names = [tenant["id"] for tenant in found]
+    assert names == sorted(names)
+    assert "default" in names
+    shown = admin.http.get(f"/admin/tenants/{names[-1]}")
+    assert shown.json() == found[-1]
+    assert "salt" not in shown.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/admin/tenants", {"id": "default"}, 409),
+        ("POST", "/admin/tenants", {"id": "No"}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "limits": {"rpm_limit": 0}}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "limits": {"budget_duration": "1y"}}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "limits": {"rps": 1}}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "limits": {"max_budget": 1.5}}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "disabled": True}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "customer": "\n"}, 422),
+        ("POST", "/admin/tenants", {"id": "n", "prices": {"rank_classes": [[8, 1], [4, 1]]}}, 422),
+        ("PATCH", "/admin/tenants/default", {}, 422),
+        ("PATCH", "/admin/tenants/default", {"weight": 0}, 422),
+        ("PATCH", "/admin/tenants/default", {"classes": ["best"]}, 422),
+        ("PATCH", "/admin/tenants/nobody", {"weight": 1}, 404),
+        ("GET", "/admin/tenants/nobody", None, 404),
+        ("POST", "/admin/tenants/nobody/disable", None, 404),
+        ("GET", "/admin/tenants/nobody/keys", None, 404),
+        ("POST", "/admin/tenants/nobody/keys", {"scopes": ["generate"]}, 404),
+        ("POST", "/admin/tenants/default/keys", {"scopes": []}, 422),
+        ("POST", "/admin/tenants/default/keys", {"scopes": ["all"]}, 422),
+        ("DELETE", "/admin/tenants/default/keys/none", None, 404),
+        ("GET", "/v1/usage?tenant=nobody", None, 404),
+        ("GET", "/v1/usage?limit=100001", None, 422),
+        ("GET", "/v1/usage?from=yesterday", None, 422),
+        ("GET", "/v1/usage?to=-1", None, 422),
+        ("GET", "/v1/usage?after=x", None, 422),
+        ("GET", "/v1/invoices/2026-13", None, 422),
+    ],
+)
+def test_what_is_refused(admin, method, path, body, status):
+    refused(admin.http.request(method, path, json=body), status)
+
+
+def invoice(account: Account, **query) -> dict:
+    return account.http.get(f"/v1/invoices/{time.strftime('%Y-%m', time.gmtime())}", params=query).json()
+
+
+def test_the_answers_costs_add_up_to_the_bill(admin, adapters):
+    account, other = admin.tenant(), admin.tenant()
+    for at, folder in enumerate(adapters):
+        config = (folder / "adapter_config.json").read_bytes()
+        weights = (folder / "adapter_model.safetensors").read_bytes()
+        put = account.http.put(f"/adapters/a{at}", files={"config": config, "weights": weights})
+        assert put.status_code == 201, put.text
+    answers = [
+        account.costs(adapter=adapter, prompt="hello " * (3 * at + 1), n=1 + at % 2)
+        for at, adapter in enumerate([None, "a0", "a1", "a2", None, "a1"])
+    ]
+    other.costs()
+    costs = {answer["id"]: answer["usage"]["cost_microusd"] for answer in answers}
+    rows = account.http.get("/v1/usage").json()["data"]
+    assert {row["request_id"]: row["cost_microusd"] for row in rows} == costs
+    bill = invoice(account)
+    assert (bill["tenant"], bill["requests"], bill["running"]) == (account.name, len(answers), 0)
+    used = [line for line in bill["lines"] if line["unit"] == "tokens"]
+    assert sum(line["amount_microusd"] for line in used) == sum(costs.values())
+    assert bill["total_microusd"] == sum(line["amount_microusd"] for line in bill["lines"])
+    assert {line["adapter"] for line in used} == {None, "a0", "a1", "a2"}
+    for group in ("adapter", "day"):
+        rows = account.http.get("/v1/usage", params={"group_by": group}).json()["data"]
+        assert sum(row["cost_microusd"] for row in rows) == sum(costs.values())
+        assert sum(row["requests"] for row in rows) == len(answers)
+    by_admin = {"tenant": account.name}
+    assert admin.http.get("/v1/usage", params=by_admin).json() == account.http.get("/v1/usage").json()
+    assert invoice(admin, **by_admin)["requests"] == len(answers)
+    refused(other.http.get("/v1/usage", params=by_admin), 403, "tenant")
+    refused(other.http.get("/v1/usage", params={"tenant": "nobody"}), 403, "tenant")
+    for at in range(len(adapters)):
+        assert account.http.delete(f"/adapters/a{at}").status_code == 204
+
+
+def test_usage_in_pages_and_within_times(admin, monkeypatch):
+    monkeypatch.setattr("server.api.usage.PART", 2)  # several parts make a page
+    account = admin.tenant()
+    began = time.time() - 1
+    made = [account.costs(max_tokens=1)["id"] for _ in range(7)]
+    found, after = [], None
+    while True:
+        query = {"limit": 3} | ({} if after is None else {"after": after})
+        page = account.http.get("/v1/usage", params=query).json()
+        found, after = found + page["data"], page["next"]
+        if after is None:
+            break
+        assert len(page["data"]) == 3
+    assert [row["request_id"] for row in found] == made
+    assert account.http.get("/v1/usage", params={"limit": 100_000}).json() == {"data": found, "next": None}
+    for since in (began, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began))):
+        assert len(account.http.get("/v1/usage", params={"from": since}).json()["data"]) == 7
+        assert account.http.get("/v1/usage", params={"to": since}).json() == {"data": [], "next": None}
+
+
+def test_csv_by_accept_or_by_format(admin):
+    account = admin.tenant()
+    answers = [account.costs(max_tokens=1) for _ in range(3)]
+    asked = [
+        account.http.get("/v1/usage", params={"format": "csv"}),
+        account.http.get("/v1/usage", headers={"accept": "text/csv"}),
+    ]
+    for response in asked:
+        assert response.headers["content-type"].startswith("text/csv")
+        rows = list(csv.DictReader(io.StringIO(response.text)))
+        assert [row["request_id"] for row in rows] == [answer["id"] for answer in answers]
+        costs = sum(int(row["cost_microusd"]) for row in rows)
+        assert costs == sum(answer["usage"]["cost_microusd"] for answer in answers)
+        assert "x-next-after" not in response.headers
+    first = account.http.get("/v1/usage", params={"format": "csv", "limit": 2})
+    rest = {"format": "csv", "after": first.headers["x-next-after"]}
+    assert answers[2]["id"] in account.http.get("/v1/usage", params=rest).text
+    month = time.strftime("%Y-%m", time.gmtime())
+    bill = account.http.get(f"/v1/invoices/{month}", headers={"accept": "text/csv"})
+    rows = list(csv.DictReader(io.StringIO(bill.text)))
+    assert sum(int(row["amount_microusd"]) for row in rows) == invoice(account)["total_microusd"]
+    json_after_all = account.http.get(
+        f"/v1/invoices/{month}", params={"format": "json"}, headers={"accept": "text/csv"}
+    )
+    assert json_after_all.json()["tenant"] == account.name
+
+
+def test_not_ready_while_the_ledger_cannot_be_written(admin, monkeypatch):
+    account = admin.tenant()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(admin.server.state.accounts.ledger), "healthy", False)
+        assert "ledger" in refused(admin.http.get("/readyz"), 503)["message"]
+        assert refused(account.generate(), 503)["code"] == "ledger_unavailable"
+    until(lambda: admin.http.get("/readyz").status_code == 200)
+    text = admin.http.get("/metrics").text
+    for name in ("onebase_ledger_lag_seconds", "onebase_ledger_queued", "onebase_ledger_commits_total"):
+        assert f"\n{name} " in text

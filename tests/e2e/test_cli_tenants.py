@@ -1,0 +1,146 @@
+"""`onebase tenants`, `onebase usage`, `onebase invoice`, against a running server with AUTH on."""
+
+import json
+import os
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from server.cli import app
+from server.datadir import own
+from tests.families import save_adapter
+from tests.serving import Server, chat_base
+
+
+def run(*words, env=None):
+    return CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200", "TERM": "dumb", **(env or {})})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return chat_base(tmp_path_factory.mktemp("bases") / "tiny-llama")
+
+
+class Cli:
+    """The command line as somebody with a key uses it."""
+
+    def __init__(self, server: Server, token: str):
+        self.server, self.token = server, token
+        self.env = {"ONEBASE_URL": server.url, "ONEBASE_KEY": token}
+
+    def __call__(self, *words, **env):
+        result = run(*words, env=self.env | env)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout) if "--json" in words else result.stdout
+
+
+@pytest.fixture(scope="module")
+def admin(base, tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    (first,) = run("tenants", "admin-key", "--data-dir", data).stdout.split()
+    token = json.loads(run("tenants", "admin-key", "--data-dir", data, "--json").stdout)["token"]
+    assert first != token, "both are valid"
+    with Server(base, data, auth="on") as server:
+        assert Cli(server, first)("tenants", "list", "--json")[0]["id"] == "default"
+        yield Cli(server, token)
+
+
+@pytest.fixture(scope="module")
+def acme(admin):
+    """A tenant's own key."""
+    admin("tenants", "create", "acme", "--rpm-limit", 600, "--price-prompt", 10**6, "--json")
+    scopes = [word for scope in ("generate", "adapters:write", "usage:read") for word in ("--scope", scope)]
+    return Cli(admin.server, admin("tenants", "keys", "create", "acme", *scopes).strip())
+
+
+def generate(cli: Cli, adapter=None):
+    body = {"prompt": "hello", "max_tokens": 4, "adapter": adapter}
+    headers = {"authorization": f"Bearer {cli.token}"}
+    response = httpx.post(f"{cli.server.url}/v1/generate", json=body, headers=headers, timeout=60)
+    assert response.status_code == 200, response.text
+    return response.json()["usage"]["cost_microusd"]
+
+
+def test_tenants_are_made_changed_and_disabled(admin):
+    made = admin("tenants", "create", "beta", "--max-budget", 500, "--budget-duration", "30d", "--json")
+    assert (made["limits"]["max_budget"], made["budget_left"]) == (500, 500)
+    changed = admin(
+        *("tenants", "update", "beta", "--max-budget", "none", "--weight", "0.5", "--classes", "batch"),
+        *("--price-rank-classes", "16:1000,64:1500", "--allowed-adapters", "a,b", "--customer", "cus_7", "--json"),
+    )
+    assert (changed["limits"]["max_budget"], changed["limits"]["budget_duration"]) == (None, "30d")
+    assert (changed["weight"], changed["classes"], changed["customer"]) == (0.5, ["batch"], "cus_7")
+    assert changed["prices"] == {"rank_classes": [[16, 1000], [64, 1500]]}
+    assert changed["limits"]["allowed_adapters"] == ["a", "b"]
+    assert admin("tenants", "show", "beta", "--json") == changed
+    assert admin("tenants", "disable", "beta", "--json")["disabled"] is True
+    assert admin("tenants", "update", "beta", "--enable", "--json")["disabled"] is False
+    assert "beta" in admin("tenants", "list")
+    assert "cus_7" in admin("tenants", "show", "beta")
+
+
+def test_keys_are_made_listed_and_revoked(admin):
+    admin("tenants", "create", "gamma", "--json")
+    made = admin("tenants", "keys", "create", "gamma", "--name", "ci", "--expires", "2100-01-01", "--json")
+    assert made["scopes"] == ["generate"]
+    own = Cli(admin.server, made["token"])
+    assert own("adapters", "list", "--json") == []
+    (listed,) = admin("tenants", "keys", "list", "gamma", "--json")
+    assert listed == {name: value for name, value in made.items() if name != "token"}
+    assert "ci" in admin("tenants", "keys", "list", "gamma")
+    assert admin("tenants", "keys", "revoke", "gamma", made["id"], "--json") == {"revoked": made["id"]}
+    assert "401" in run("adapters", "list", env=own.env).stderr
+
+
+def test_usage_and_invoice(admin, acme, base, tmp_path):
+    folder = save_adapter(base, tmp_path / "a", seed=1, r=4, lora_alpha=8, target_modules=["q_proj"])
+    acme("adapters", "push", "mine", folder)
+    costs = [generate(acme), generate(acme, "mine"), generate(acme, "mine")]
+    for cli, more in ((acme, ()), (admin, ("--tenant", "acme"))):
+        rows = cli("usage", *more, "--json")
+        assert [row["adapter"] for row in rows] == [None, "mine"]
+        assert sum(row["cost_microusd"] for row in rows) == sum(costs)
+        bill = cli("invoice", *more, "--json")
+        used = [line["amount_microusd"] for line in bill["lines"] if line["unit"] == "tokens"]
+        assert (bill["tenant"], sum(used)) == ("acme", sum(costs))
+    assert len(acme("usage", "--group-by", "request", "--from", "2020-01-01", "--json")) == 3
+    assert acme("usage", "--to", "2020-01-01", "--json") == []
+    assert "(base)" in acme("usage")
+    assert bill["month"] in acme("usage", "--group-by", "day")
+    table = acme("invoice", bill["month"])
+    assert bill["total"] in table
+    assert "mine" in table
+    assert acme("invoice", "--csv").startswith("tenant,month,adapter,kind")
+
+
+def test_what_is_refused_is_told_and_exits_1(admin, acme):
+    for words, status in (
+        (("tenants", "list"), "403"),
+        (("usage", "--tenant", "default"), "403"),
+        (("adapters", "show", "nobody"), "404"),
+        (("invoice", "2026-13"), "422"),
+    ):
+        result = run(*words, env=acme.env)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert status in result.stderr
+    assert "401" in run("usage", env={"ONEBASE_URL": admin.server.url}).stderr
+    assert "404" in run("tenants", "show", "nobody", "--key", admin.token, "--url", admin.server.url).stderr
+    assert "422" in run("tenants", "update", "acme", env=admin.env).stderr
+    for flag in ("--rpm-limit", "--weight"):
+        result = run("tenants", "update", "acme", flag, "many", env=admin.env)
+        assert result.exit_code == 2
+        assert "many" in result.stderr
+
+
+def test_no_admin_key_while_a_server_owns_the_directory_or_without_one(tmp_path):
+    (tmp_path / "data").mkdir()
+    lock = own(tmp_path / "data")
+    for folder, why in (("data", "another onebase server"), ("none", "no data directory")):
+        result = run("tenants", "admin-key", "--data-dir", tmp_path / folder)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert why in result.stderr
+    os.close(lock)
+    result = run("tenants", "admin-key", "--data-dir", tmp_path / "data", "--database-url", "mysql://x/y")
+    assert result.exit_code == 1
+    assert "sqlite or postgresql" in result.stderr

@@ -1,0 +1,128 @@
+"""What adapters occupied: exact over time, and nothing twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, select
+
+from server.tenants.database import Database
+from server.tenants.holdings import DAY, GB, Held, Holdings, cost, price_of
+from server.tenants.prices import DEFAULT_BOOK, PriceBook
+from server.tenants.tables import holdings
+from tests.tenants.records import Broken, Faulty
+
+pytestmark = pytest.mark.anyio
+MIDNIGHT = 20_000 * DAY
+MAIL = Held("acme", "mail", "storage", 1000)
+LANE = Held("acme", "mail", "merged", 5000)
+
+
+def _book(_: str) -> PriceBook:
+    return DEFAULT_BOOK
+
+
+async def _lines(database: Database) -> dict[tuple[str, str, int], Any]:
+    async with database.read() as connection:
+        found = (await connection.execute(select(holdings))).all()
+    return {(row.adapter, row.kind, row.day): row for row in found}
+
+
+async def test_each_day_and_kind_has_its_line(database: Database) -> None:
+    held = Holdings(database, _book)
+    await held.sample(MIDNIGHT - 100, [MAIL])
+    await held.sample(MIDNIGHT - 40, [MAIL, LANE])
+    await held.sample(MIDNIGHT + 2 * DAY + 5, [])
+    await held.sample(MIDNIGHT + 3 * DAY, [])
+    counted = {key: row.byte_seconds for key, row in (await _lines(database)).items()}
+    assert counted == {
+        ("mail", "storage", 19_999): 100 * 1000,
+        ("mail", "storage", 20_000): DAY * 1000,
+        ("mail", "storage", 20_001): DAY * 1000,
+        ("mail", "storage", 20_002): 5 * 1000,
+        ("mail", "merged", 19_999): 40 * 5000,
+        ("mail", "merged", 20_000): DAY * 5000,
+        ("mail", "merged", 20_001): DAY * 5000,
+        ("mail", "merged", 20_002): 5 * 5000,
+    }
+
+
+def test_a_gigabyte_costs_what_the_book_says() -> None:
+    assert cost("storage", GB * DAY, price_of(DEFAULT_BOOK, "storage")) == DEFAULT_BOOK.adapter_gb_day
+    assert cost("merged", GB * 3600, price_of(DEFAULT_BOOK, "merged")) == DEFAULT_BOOK.merged_gb_hour
+
+
+async def test_many_samples_are_rounded_as_one(database: Database) -> None:
+    """Each of these seconds alone would round to nothing."""
+    held = Holdings(database, _book)
+    small = Held("acme", "mail", "storage", 100_000)
+    for second in range(31):
+        await held.sample(MIDNIGHT + second * DAY // 30 - (second == 30), [small])
+    row = (await _lines(database))["mail", "storage", 20_000]
+    assert row.byte_seconds == 100_000 * (DAY - 1)
+    assert row.cost == 2  # 0.0001 GB at 20,000 micro-dollars a GB-day
+
+
+async def test_a_restart_counts_nothing_twice_and_no_time_without_a_server(database: Database) -> None:
+    first = Holdings(database, _book)
+    await first.sample(MIDNIGHT, [MAIL])
+    await first.sample(MIDNIGHT + 10, [MAIL])
+    second = Holdings(database, _book)
+    await second.sample(MIDNIGHT + 5, [MAIL])  # a clock that was set back
+    await second.sample(MIDNIGHT + 12, [MAIL])
+    third = Holdings(database, _book)
+    await third.sample(MIDNIGHT + 100, [MAIL])
+    await third.sample(MIDNIGHT + 101, [MAIL])
+    assert (await _lines(database))["mail", "storage", 20_000].byte_seconds == 13 * 1000
+
+
+@pytest.mark.parametrize("mode", ["before", "after"])
+async def test_a_sample_that_fails_is_made_good(database: Database, mode: str) -> None:
+    faulty = Faulty(database)
+    held = Holdings(faulty, _book)
+    await held.sample(MIDNIGHT, [MAIL])
+    faulty.mode = mode
+    with pytest.raises(Broken):
+        await held.sample(MIDNIGHT + 10, [MAIL])
+    faulty.mode = None
+    await held.sample(MIDNIGHT + 20, [])
+    await held.sample(MIDNIGHT + 30, [])
+    assert (await _lines(database))["mail", "storage", 20_000].byte_seconds == 20 * 1000
+
+
+async def test_a_new_price_holds_from_the_next_day_on(database: Database) -> None:
+    book = DEFAULT_BOOK
+    held = Holdings(database, lambda _: book)
+    await held.sample(MIDNIGHT, [MAIL])
+    await held.sample(MIDNIGHT + 10, [MAIL])
+    book = replace(DEFAULT_BOOK, version=2, adapter_gb_day=7)
+    await held.sample(MIDNIGHT + DAY + 10, [])
+    lines = await _lines(database)
+    assert [(row.price_version, row.price) for row in lines.values()] == [(1, 20_000), (2, 7)]
+
+
+STEP = st.tuples(st.integers(0, DAY), st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 10**9)))
+
+
+@given(steps=st.lists(STEP, max_size=6))
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+async def test_it_is_the_integral(database: Database, steps: list[tuple[int, dict[str, int]]]) -> None:
+    async with database.write() as connection:
+        await connection.execute(delete(holdings))
+    held = Holdings(database, _book)
+    now, sizes, expected = MIDNIGHT, {}, Counter[str]()
+    for wait, after in [*steps, (0, {})]:
+        for name, size in sizes.items():
+            expected[name] += size * wait
+        now, sizes = now + wait, after
+        await held.sample(now, [Held("acme", name, "storage", size) for name, size in sizes.items()])
+    found = Counter[str]()
+    for (name, _, _), row in (await _lines(database)).items():
+        found[name] += row.byte_seconds
+        assert row.cost == cost("storage", row.byte_seconds, row.price)
+    assert +found == +expected
