@@ -237,7 +237,8 @@ def lanes_table() -> str:
         (f"{count} of 16", *(f"{run['crossover'][count]['merged / shared']:.2f}" for run in runs)) for count in counts
     ]
     tables.append(_markdown(("rows on one adapter", *(f"{dtype}, its lane / shared" for dtype in dtypes)), rows))
-    tables += [f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs]
+    stamps = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
+    tables += [f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in stamps]
     return "\n".join(tables) + "\n"
 
 

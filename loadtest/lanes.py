@@ -14,7 +14,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,18 +122,26 @@ def _seen(traces: list[Trace], since: float, until: float) -> Seen:
 
 
 def main() -> None:
-    """Writes `results/lanes-<dtype>.json` and prints it."""
+    """Writes `results/lanes-<dtype>.json` and prints it. With `--only`, one part takes its place in the file that is
+    there, which says so."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--only", choices=tuple(PARTS), help="measure this part alone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
     arguments = parser.parse_args()
-    report = json.dumps(measure(arguments.dtype), indent=2)
-    (arguments.out / f"lanes-{arguments.dtype}.json").write_text(report + "\n")
-    print(report)
+    path, only = arguments.out / f"lanes-{arguments.dtype}.json", arguments.only
+    report = measure(arguments.dtype, (only,) if only else tuple(PARTS))
+    if only:
+        again = {name: report[name] for name in ("when", "commit", "command")}
+        before = json.loads(path.read_text())
+        report = {**before, only: report[only], "again": {**before.get("again", {}), only: again}}
+    text = json.dumps(report, indent=2)
+    path.write_text(text + "\n")
+    print(text)
 
 
-def measure(dtype: str) -> dict[str, Any]:
-    """All parts on one server."""
+def measure(dtype: str, names: Sequence[str]) -> dict[str, Any]:
+    """The parts of these names, on one server."""
     base, needed = materialise(), [Adapter(at, RANK, "attention") for at in range(ROWS)]
     with tempfile.TemporaryDirectory() as data:
         process, url = serve(Path(data) / "server", dtype=dtype, device="cpu", adapter_slots=ROWS)
@@ -141,10 +149,11 @@ def measure(dtype: str) -> dict[str, Any]:
             adapters.register(url, needed, base)
             bench = Bench(url, [one.name for one in needed])
             bench.run([Stream(at, new=4, requests=1) for at in range(ROWS)])  # warm
-            parts = {name: part(bench) for name, part in PARTS.items()}
+            parts = {name: PARTS[name](bench) for name in names}
         finally:
             process.stop()
-    command = f"python -m loadtest.lanes --dtype {dtype}"
+    only = f" --only {names[0]}" if len(names) == 1 else ""
+    command = f"python -m loadtest.lanes --dtype {dtype}{only}"
     return {**stamp(command), "dtype": dtype, **parts}
 
 
