@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024**2
 GIB = 1024**3
+_PASSWORD = re.compile(r"(://[^/@:]*:).*@")  # of a URL: what --print-config does not show
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -112,6 +114,10 @@ class Settings(BaseSettings):
         if not (token.isascii() and (token.isprintable() or not token)):
             raise ValueError("a token is printable ASCII")
         return value
+
+    @field_serializer("database_url")
+    def _without_password(self, url: str) -> str:
+        return _PASSWORD.sub(r"\1***@", url)
 
     @property
     def database(self) -> str:

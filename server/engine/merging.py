@@ -261,9 +261,11 @@ class MergedCopies:
         elif nbytes + before > self.most:
             why = f"its earlier version takes {before} until the new one has taken over: end its lane first"
         else:
+            tenant = held.adapter.tenant  # what others have is not its to know
+            own = sum(one.nbytes for one in (*self._active.values(), *self._leaving) if one.adapter.tenant == tenant)
             why = (
-                f"{self.nbytes} are taken, and only idle copies that are not pinned make way (those that nobody asked "
-                "for as soon as their requests have ended: try again)"
+                f"too much of it is taken, {own} by this tenant, and only idle copies that are not pinned make way "
+                "(those that nobody asked for as soon as their requests have ended: try again)"
             )
         return Conflict(f"{takes}, {why}", code="merged_full")
 

@@ -93,8 +93,10 @@ def _url(text: str) -> URL:
 def _engine(url: URL) -> AsyncEngine:
     if url.get_backend_name() == "postgresql":
         bounds = {"timeout": BUSY_SECONDS, "command_timeout": COMMAND_SECONDS}
-        return create_async_engine(url, pool_size=CONNECTIONS, pool_pre_ping=True, connect_args=bounds)
-    engine = create_async_engine(url, pool_size=CONNECTIONS)
+        return create_async_engine(
+            url, pool_size=CONNECTIONS, pool_pre_ping=True, connect_args=bounds, hide_parameters=True
+        )
+    engine = create_async_engine(url, pool_size=CONNECTIONS, hide_parameters=True)  # errors are logged, salts are not
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine

@@ -28,7 +28,7 @@ _CURSOR = "adapter:"  # so that the base's cursor is not empty
 _ADAPTER = func.coalesce(usage.c.adapter, _BASE)
 _DAY = usage.c.created_ms // DAY_MS
 _EPOCH_DAY = re.compile(r"\d{1,8}", re.ASCII)
-_REQUEST = re.compile(r"(\d{1,18}):(.{1,128})", re.ASCII)
+_REQUEST = re.compile(r"(\d{1,18}):([\x21-\x7e]{1,128})", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,6 +152,16 @@ def test_a_refusal_says_what_would_make_room() -> None:
     assert f"its earlier version takes {SIZE}" in refused.message
 
 
+def test_a_refusal_does_not_tell_what_others_have(desk: Desk) -> None:
+    desk.copies.want(Merge("1", AdapterRef("x", 1, "x-1", tenant="other"), True))
+    desk.handle()
+    desk.handle()
+    desk.merge("a", pinned=True)
+    refused = desk.merge("b", messages=1).error
+    assert refused is not None
+    assert f"{SIZE} by this tenant" in refused.message
+
+
 def test_given_up_while_it_is_made(desk: Desk) -> None:
     desk.copies.want(Merge("1", ref("a"), False))
     desk.handle()  # weighed: its room is taken

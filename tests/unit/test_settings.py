@@ -133,3 +133,17 @@ def test_the_events_token_is_never_shown(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValidationError, match="events_token") as refused:
         Settings()
     assert "sk_live" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://one:p@ss:w/rd@db.example/bill", "postgresql://one:***@db.example/bill"),
+        ("postgresql://one@db.example/bill", "postgresql://one@db.example/bill"),
+        ("sqlite:////srv/a:b@c.db", "sqlite:////srv/a:b@c.db"),
+    ],
+)
+def test_the_databases_password_is_not_shown(url: str, shown: str) -> None:
+    settings = Settings(database_url=url)
+    assert settings.database == url
+    assert settings.model_dump(mode="json")["database_url"] == shown
