@@ -93,7 +93,7 @@ class MergedCopies:
     @property
     def nbytes(self) -> int:
         """What all copies take, those on their way and those still in use included."""
-        return sum(held.nbytes for held in (*self._active.values(), *self._leaving))
+        return sum(held.nbytes for held in self._all())
 
     def figures(self) -> dict[AdapterRef, CopyFigures]:
         """By adapter: the copies that take requests."""
@@ -106,7 +106,7 @@ class MergedCopies:
     def count(self) -> None:
         """Brings `byte_seconds` up to now."""
         now = self._now()
-        for held in (*self._active.values(), *self._leaving):
+        for held in self._all():
             self._count(held, now)
 
     def handle(self, message: LaneMessage) -> None:
@@ -173,7 +173,7 @@ class MergedCopies:
 
     def copy_of(self, lane: str) -> MergedCopy | None:
         """The copy that a lane's steps run on; None for the shared lane."""
-        return next((one.copy for one in (*self._active.values(), *self._leaving) if one.lane == lane), None)
+        return next((one.copy for one in self._all() if one.lane == lane), None)
 
     def weighed(self, message: Weighed) -> None:
         """Makes room and has the copy built; or tells those who asked that there is none."""
@@ -214,6 +214,10 @@ class MergedCopies:
         """Waits for a copy that is being made."""
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    def _all(self) -> list[Held]:
+        """Those that take requests or will, and those that are still in use."""
+        return [*self._active.values(), *self._leaving]
+
     def _of(self, lane: str) -> Held | None:
         return next((held for held in self._active.values() if held.lane == lane), None)
 
@@ -252,9 +256,7 @@ class MergedCopies:
     def _full(self, held: Held, nbytes: int) -> Conflict:
         takes = f"a merged copy of {held.adapter.name} takes {nbytes} bytes; MERGED_BYTES is {self.most}"
         before = sum(
-            one.nbytes
-            for one in (*self._active.values(), *self._leaving)
-            if one is not held and name_of(one.adapter) == name_of(held.adapter)
+            one.nbytes for one in self._all() if one is not held and name_of(one.adapter) == name_of(held.adapter)
         )
         if nbytes > self.most:
             why = "no copy of this size fits"
@@ -262,7 +264,7 @@ class MergedCopies:
             why = f"its earlier version takes {before} until the new one has taken over: end its lane first"
         else:
             tenant = held.adapter.tenant  # what others have is not its to know
-            own = sum(one.nbytes for one in (*self._active.values(), *self._leaving) if one.adapter.tenant == tenant)
+            own = sum(one.nbytes for one in self._all() if one.adapter.tenant == tenant)
             why = (
                 f"too much of it is taken, {own} by this tenant, and only idle copies that are not pinned make way "
                 "(those that nobody asked for as soon as their requests have ended: try again)"

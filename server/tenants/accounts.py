@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +26,7 @@ from server.tenants.outbox import Deliverer
 from server.tenants.prices import PriceBook, Rates
 from server.tenants.record import Record
 from server.tenants.sinks import make_sink
+from server.tenants.tables import now_ms
 from server.tenants.tenant import Principal, Tenant
 
 log = logging.getLogger("onebase.tenants")
@@ -171,7 +171,7 @@ class Accounts:
             return
         before = self.admission.spent(tenant)
         await self.ledger.flushed()
-        since = budget_window(tenant.limits, _now_ms()).start_ms
+        since = budget_window(tenant.limits, now_ms()).start_ms
         found = await usage.spent(self.database, tenant.id, since)
         self.admission.load(tenant, found + max(0, self.admission.spent(tenant) - before))
 
@@ -235,7 +235,3 @@ def _deliverer(database: Database, directory: Directory, outlet: Outlet) -> Deli
             return tenant
 
     return Deliverer(database, make_sink(outlet.kind, outlet.url, outlet.token, customer))
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 10**6

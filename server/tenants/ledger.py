@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from server.errors import LedgerUnavailable
 from server.tenants.database import Database
 from server.tenants.record import ABORTED, Record, record_of, row_of
-from server.tenants.tables import OPEN, outbox, usage
+from server.tenants.tables import OPEN, now_ms, outbox, usage
 
 PATIENCE = 5.0  # seconds that a closed record waits for the database before its request fails
 SPACING = 0.02  # seconds from one commit's begin to the next's: under load more share one; a lone record waits for none
@@ -158,7 +158,7 @@ class Ledger:
         when the request was closed before.
         """
         loop = asyncio.get_running_loop()
-        closing = _Closing(record, _now_ms(), loop.create_future())
+        closing = _Closing(record, now_ms(), loop.create_future())
         name = record.request_id
         if name in self._next.closes or name in self._under_way.closes:
             closing.end(AlreadyClosed(name))
@@ -279,7 +279,7 @@ class Ledger:
                 else replace(record, status=ABORTED, prompt=0, cached=0)
                 for record in found
             ]
-            now = _now_ms()
+            now = now_ms()
             await self._close(connection, [(record, now) for record in aborted])
         return len(found)
 
@@ -303,7 +303,3 @@ async def _written_before(connection: AsyncConnection, closes: list[tuple[Record
 
 def _unavailable() -> LedgerUnavailable:
     return LedgerUnavailable("What this request used could not be written down in time", retry_after=1)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 10**6

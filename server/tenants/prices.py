@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ from sqlalchemy import func, insert, select
 
 from server.tenants.database import Database
 from server.tenants.money import half_up
-from server.tenants.tables import prices
+from server.tenants.tables import now_ms, prices
 
 MAX_PRICE = 10**12  # a million dollars for a million tokens
 MAX_MULTIPLIER = 10**6  # thousandths
@@ -163,7 +162,7 @@ async def publish(database: Database, book: PriceBook) -> PriceBook:
     async with database.write() as connection:
         newest = await connection.scalar(select(func.max(prices.c.version)))
         numbered = replace(book, version=(newest or 0) + 1)
-        row = {"version": numbered.version, "created_ms": time.time_ns() // 10**6, "book": numbered.as_dict()}
+        row = {"version": numbered.version, "created_ms": now_ms(), "book": numbered.as_dict()}
         await connection.execute(insert(prices).values(row))
     return numbered
 

@@ -5,6 +5,7 @@ A change here needs a revision in `migrations/versions`; a test holds the two ag
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from sqlalchemy import (
@@ -33,6 +34,11 @@ metadata = MetaData(
 )
 
 OPEN = "open"  # the status of a usage row whose request still runs
+
+
+def now_ms() -> int:
+    """The time as the tables have it."""
+    return time.time_ns() // 10**6
 
 
 def _counted(name: str) -> Column[Any]:
