@@ -8,9 +8,9 @@ window still lasts.
 
 A budget holds back each request's worst cost until it ends. If less than that is left, the request gets what is left
 as its `allowance`, and the engine ends it when its cost reaches that. So a window's spending exceeds `max_budget` only
-by what requests with an allowance make beyond it in the step that reaches it: a completion token each, where
-`least_cost` names the prompt's price. A request counts in the window in which it began, also when it ends in a later
-one.
+by what requests with an allowance make beyond it: a completion token for each of their answers that had not ended,
+where `least_cost` names the prompt's price. A request counts in the window in which it began, also when it ends in a
+later one.
 """
 
 from __future__ import annotations
