@@ -9,7 +9,6 @@ A deleted name is forgotten: put again, it starts at version 1.
 from __future__ import annotations
 
 import logging
-import threading
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -26,9 +25,9 @@ from server.registry.lanes import Lanes
 from server.registry.quotas import Quota
 from server.registry.records import Key, Named, PutResult, Record, Versions, digest_of, key_of, ref_of
 from server.registry.store import Staging, Store
+from server.registry.writers import Writers
 
 _log = logging.getLogger(__name__)
-_STRIPES = 64
 _NO_QUOTA = Quota()
 Keys = list[Key]
 
@@ -49,7 +48,7 @@ class Registry:
     ):
         self._store, self._base, self._checks = store, base, Checks(base, max_rank, dtype)
         self._max_versions = max(1, max_versions)
-        self._writers = [threading.Lock() for _ in range(_STRIPES)]  # one writer a name
+        self._writers = Writers()
         self._catalogue = Catalogue(store, max_adapters)
         self._names = self._catalogue.names
         self.lanes: Lanes | None = None  # none before the engine runs
@@ -76,7 +75,7 @@ class Registry:
         draft = self._checks.draft(name, staging, allow_zero)
         with self._catalogue.upload(draft.digest):
             self._store.publish(staging)
-            with self._writer(key):
+            with self._writers.alone(key):
                 before = self._names.get(key)
                 check_preconditions(digest_of(before), if_match, if_none_match)
                 if before is not None and self._same(before.now, draft):
@@ -123,7 +122,7 @@ class Registry:
     ) -> AdapterVersion:
         """Make an older version current again, under its own number. Raises `AdapterNotFound` without such a one."""
         key = key_of(tenant, name)
-        with self._writer(key):
+        with self._writers.alone(key):
             before = self._names.own(key)
             check_preconditions(digest_of(before), if_match, None)
             wanted = before.version(version)
@@ -150,7 +149,7 @@ class Registry:
         published the name), `StorageFailure`.
         """
         key = key_of(tenant, name)
-        with self._writer(key):
+        with self._writers.alone(key):
             record = self._names.own(key)
             check_preconditions(record.now.digest, if_match, None)
             wanted = record if public is None else replace(record, public=public)
@@ -190,7 +189,7 @@ class Registry:
         """Gives a name the lane that its record wants, if it still does, and nobody else's. Raises as `change`."""
         key, lanes = key_of(tenant, name), self.lanes
         assert lanes is not None
-        with self._writer(key):
+        with self._writers.alone(key):
             record = self._names.own(key)
             ref = ref_of(record.now, tenant)
             if record.merged and lanes.inside(ref) is None:
@@ -200,7 +199,7 @@ class Registry:
     def delete(self, name: str, *, if_match: str | None = None, tenant: str = DEFAULT_TENANT) -> AdapterRef:
         """Forget a name and its history; bytes with leases stay until these are given back. What it was last."""
         key = key_of(tenant, name)
-        with self._writer(key):
+        with self._writers.alone(key):
             record = self._names.own(key)
             check_preconditions(record.now.digest, if_match, None)
             self._catalogue.switch(key, None)
@@ -279,9 +278,6 @@ class Registry:
                 param="adapter",
                 code="base_mismatch",
             )
-
-    def _writer(self, key: Key) -> threading.Lock:
-        return self._writers[hash(key) % _STRIPES]
 
 
 def _named(key: Key, record: Record) -> Named:

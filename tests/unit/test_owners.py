@@ -1,6 +1,7 @@
 """Whose an adapter is: published names, quotas, and what must not tell that somebody else has the same."""
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ from server.registry.cache import AdapterCache
 from server.registry.quotas import Quota
 from server.registry.registry import Registry
 from server.registry.store import Store
+from server.registry.writers import Writers
 from tests.adapters import stage_adapter, tiny_base
 
 BASE = tiny_base(1)
@@ -256,3 +258,60 @@ def test_storing_bytes_that_are_stored_skips_no_flush(make, monkeypatch):
     put(registry, "a", 1, "bob")
     assert stored.stat().st_ino != before
     assert {"adapter_config.json", "adapter_model.safetensors", stored.parent.name} <= set(flushed)
+
+
+class SlowLanes:
+    """Every adapter of `slow` has a lane, and a copy for its next version takes until `go` is set."""
+
+    def __init__(self, slow):
+        self.slow, self.building, self.go = slow, threading.Event(), threading.Event()
+
+    def enter(self, adapter, pinned, *, keeps=False):
+        self.building.set()
+        assert self.go.wait(30)
+
+    def leave(self, adapter, *, asked=False):
+        pass
+
+    def inside(self, adapter):
+        return False if adapter.tenant == self.slow else None
+
+
+def test_a_copy_that_is_being_made_holds_up_nobody_elses_names(make):
+    registry = make()
+    put(registry, "a", 1, "ann")
+    put(registry, "b", 1, "ann")
+    registry.lanes = lanes = SlowLanes("ann")
+    names = [f"n{number}" for number in range(198)] + ["a", "b"]
+    with ThreadPoolExecutor(3) as pool:
+        held = [pool.submit(put, registry, name, 2, "ann") for name in ("a", "b", "a")]
+        assert lanes.building.wait(5)
+        for name in names:  # this thread would wait until the copies are there, and they wait for it
+            put(registry, name, 1, "bob")
+            registry.change(name, public=True, tenant="bob")
+            registry.rollback(name, 1, tenant="bob")
+            registry.delete(name, tenant="bob")
+        assert not any(one.done() for one in held)
+        lanes.go.set()
+        assert sorted(one.result(5).version for one in held) == [2, 2, 2]
+    assert len(registry._writers) == 0
+
+
+def test_writers_of_one_name_take_turns_and_leave_nothing():
+    writers, inside, most = Writers(), [], []
+
+    def write(number):
+        key = ("ann", f"n{number % 3}")
+        with writers.alone(key):
+            inside.append(key)
+            most.append(inside.count(key))
+            time.sleep(0)
+            inside.remove(key)
+            if number % 5 == 0:
+                raise StorageFailure("full")
+
+    with ThreadPoolExecutor(8) as pool:
+        faults = [pool.submit(write, number).exception() for number in range(300)]
+    assert set(most) == {1}
+    assert sum(fault is not None for fault in faults) == 60
+    assert len(writers) == 0
