@@ -24,15 +24,15 @@ from server.api.limits import FORM_OVERHEAD, media_type
 from server.api.schemas import AdapterInfo, AdapterList, AdapterPatch, AdapterStatus, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
 from server.core import MAX_CONFIG_BYTES, AdapterVersion
-from server.errors import InvalidRequest, Overloaded, TooLarge
+from server.errors import InvalidRequest, TooLarge
 from server.registry import sources
 from server.registry.quotas import Quota
-from server.registry.records import Named, PutResult, ref_of
+from server.registry.records import Named, ref_of
 from server.registry.store import Staging, storage_errors
 from server.tenants.keys import Scope
 from server.tenants.tenant import Principal
 
-RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are received at once
+RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are under way at once
 OneState = Annotated[State, Depends(state_of)]
 IfMatch = Annotated[str | None, Header(max_length=4096)]
 router = APIRouter(prefix="/adapters", route_class=guarded(read=None, write=Scope.ADAPTERS_WRITE))
@@ -76,21 +76,21 @@ async def put_adapter(
     201 when the name is new, 200 when it is replaced or the bytes are the current version's.
     """
     kind = media_type(request.scope)
-    mine: dict[str, Any] = {"tenant": caller.tenant.id, "quota": _quota(caller)}
-    state.registry.expect(name, _least_bytes(request), **mine)
-    conditions = mine | {"if_match": if_match, "if_none_match": if_none_match, "allow_zero": allow_zero}
+    tenant, quota = caller.tenant.id, Quota(caller.tenant.max_adapters, caller.tenant.max_adapter_bytes)
+    state.registry.expect(name, _least_bytes(request), quota=quota, tenant=tenant)
+    conditions: dict[str, Any] = {"if_match": if_match, "if_none_match": if_none_match, "tenant": tenant}
+    check = partial(state.registry.check, name, allow_zero=allow_zero, **conditions)
+    take = partial(state.registry.take, quota=quota, **conditions)
     if kind == "application/json":
-        source = await _source(request)
-        async with _staging(state) as staging:
-            await anyio.to_thread.run_sync(_fetch, source, staging, state, limiter=state.fetches)
-            result = await _put(state, name, staging, conditions)
+        filled = _fetched(await _source(request), state)
     elif kind == "multipart/form-data":
-        async with _form(request, state) as form, _staging(state) as staging:
-            config, weights = _parts(form, state.settings.max_upload_bytes)
-            await run_in_threadpool(_keep, config, weights, staging)
-            result = await _put(state, name, staging, conditions)
+        filled = _received(request, state)
     else:
         raise InvalidRequest("send multipart/form-data with 'config' and 'weights', or application/json with 'source'")
+    with state.uploads.taking(tenant):
+        async with filled as staging:
+            draft = await state.checks.run(tenant, partial(check, staging))
+            result = await state.changes.run(tenant, partial(take, staging, draft))
     return _with_etag(result.version, 201 if result.created else 200)
 
 
@@ -126,7 +126,7 @@ async def list_versions(name: str, caller: Caller, state: OneState) -> dict[str,
 async def roll_back(name: str, body: Rollback, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Makes an earlier version current again, under its own number."""
     back = partial(state.registry.rollback, name, body.version, if_match=if_match, tenant=caller.tenant.id)
-    version = await run_in_threadpool(back)
+    version = await state.changes.run(caller.tenant.id, back)
     return _with_etag(version, 200)
 
 
@@ -140,26 +140,17 @@ async def patch_adapter(
     wanted["if_match"] = if_match
     merged = None if body.lane is None else body.lane == "merged"
     change = partial(state.registry.change, name, merged=merged, **wanted)
-    return _status(state, caller, await anyio.to_thread.run_sync(change, limiter=state.changes))
+    return _status(state, caller, await state.changes.run(caller.tenant.id, change))
 
 
 @router.delete("/{name}", status_code=204)
 async def delete_adapter(name: str, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Removes an adapter. Requests in flight finish on the version that they began with."""
     tenant = caller.tenant.id
-    last = await run_in_threadpool(partial(state.registry.delete, name, if_match=if_match, tenant=tenant))
+    last = await state.changes.run(tenant, partial(state.registry.delete, name, if_match=if_match, tenant=tenant))
     state.activity.pop((tenant, name), None)
     state.cache.drop(last.key)
     return Response(status_code=204)
-
-
-async def _put(state: State, name: str, staging: Staging, conditions: dict[str, Any]) -> PutResult:
-    put = partial(state.registry.put, name, staging, **conditions)
-    return await anyio.to_thread.run_sync(put, limiter=state.checks)
-
-
-def _quota(caller: Principal) -> Quota:
-    return Quota(caller.tenant.max_adapters, caller.tenant.max_adapter_bytes)
 
 
 def _least_bytes(request: Request) -> int:
@@ -170,20 +161,24 @@ def _least_bytes(request: Request) -> int:
 
 
 @contextlib.asynccontextmanager
-async def _form(request: Request, state: State) -> AsyncIterator[FormData]:
-    """The parts of an upload, spooled to temporary files. Raises Overloaded when too many are being received."""
-    try:
-        state.receiving.acquire_on_behalf_of_nowait(request)
-    except anyio.WouldBlock:
-        raise Overloaded("too many uploads are being received", code="uploads_full", retry_after=5) from None
-    try:
+async def _received(request: Request, state: State) -> AsyncIterator[Staging]:
+    """The parts of the body, staged; they come by way of temporary files."""
+    async with _staging(state) as staging:
         form = await _receive(request)
         try:
-            yield form
+            config, weights = _parts(form, state.settings.max_upload_bytes)
+            await run_in_threadpool(_keep, config, weights, staging)
         finally:
             await form.close()
-    finally:
-        state.receiving.release_on_behalf_of(request)
+        yield staging
+
+
+@contextlib.asynccontextmanager
+async def _fetched(source: str, state: State) -> AsyncIterator[Staging]:
+    """What is at the address, staged."""
+    async with _staging(state) as staging:
+        await anyio.to_thread.run_sync(_fetch, source, staging, state, limiter=state.fetches)
+        yield staging
 
 
 async def _receive(request: Request) -> FormData:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
 
-import anyio
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 from fastapi.sse import format_sse_event
@@ -107,7 +106,7 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
     lease = state.registry.acquire(body.adapter, caller.tenant.id) if body.adapter is not None else None
     entry: Entry | None = None
     try:
-        prompt = await _read(body, state)
+        prompt = await _read(body, caller, state)
         request_id = f"gen-{secrets.token_hex(12)}"
         entry = state.accounts.admit(
             caller,
@@ -132,11 +131,11 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
     return stream, Answer(submit, state.base, state.names, int(time.time()), entry.rates)
 
 
-async def _read(body: GenerateRequest, state: State) -> tuple[int, ...]:
+async def _read(body: GenerateRequest, caller: Principal, state: State) -> tuple[int, ...]:
     """The prompt's tokens."""
     read = partial(prompts.encode, body, state.base, state.max_context)
     if prompts.size(body) > prompts.LONG:
-        prompt = await anyio.to_thread.run_sync(read, limiter=state.reads)
+        prompt = await state.reads.run(caller.tenant.id, read)
     else:
         prompt = read()
     most = (len(prompt) + body.max_tokens) * body.n

@@ -9,6 +9,7 @@ from functools import cached_property
 import anyio
 from fastapi import Request
 
+from server.api.parts import Lines, Places
 from server.api.render import TokenNames
 from server.core import AdapterRef
 from server.engine.client import EngineClient
@@ -21,10 +22,12 @@ from server.tenants.accounts import Accounts
 
 READS_AT_ONCE = 1  # a long prompt takes hundreds of megabytes while it is read
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
-LANE_CHANGES_AT_ONCE = 4  # each waits for the one thread that makes copies; other requests need threads too
+CHANGES_AT_ONCE = (
+    32  # of names; each may wait for the one thread that makes copies, for the disk, or for the one before
+)
+CHANGES_OF_ONE = 8  # tenant
 PAGES_AT_ONCE = 4  # of usage: a large one takes tens of megabytes while it is made
-FETCHES_AT_ONCE = 8  # fetching one is mostly waiting
-RECEIVED_AT_ONCE = 16  # each may fill the temporary directory with the largest upload
+UPLOADS_AT_ONCE = 16  # each may fill the temporary directory and `staging/` with the largest upload
 
 
 @dataclass
@@ -39,8 +42,9 @@ class Activity:
 @dataclass
 class State:
     """Everything an endpoint may reach. `accounts` are there while the server runs; `activity` is by (owner, name);
-    `reads` bounds how many long prompts, `receiving`, `fetches` and `checks` how many uploads are worked on at once,
-    `changes` how many calls wait for a lane, `pages` how many pages of usage are made.
+    `reads` bounds how many long prompts are read at once, `uploads` how many uploads are under way, `fetches` the
+    threads that fetch some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how
+    many pages of usage are made.
     """
 
     settings: Settings
@@ -52,12 +56,12 @@ class State:
     max_context: int
     accounts: Accounts = field(init=False)
     activity: dict[tuple[str, str], Activity] = field(default_factory=dict)
-    checks: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(CHECKS_AT_ONCE))
-    changes: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(LANE_CHANGES_AT_ONCE))
-    pages: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(PAGES_AT_ONCE))
-    reads: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(READS_AT_ONCE))
-    receiving: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(RECEIVED_AT_ONCE))
-    fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(FETCHES_AT_ONCE))
+    checks: Lines = field(default_factory=lambda: Lines(CHECKS_AT_ONCE, CHECKS_AT_ONCE // 2))
+    changes: Lines = field(default_factory=lambda: Lines(CHANGES_AT_ONCE, CHANGES_OF_ONE))
+    pages: Lines = field(default_factory=lambda: Lines(PAGES_AT_ONCE, PAGES_AT_ONCE // 2))
+    reads: Lines = field(default_factory=lambda: Lines(READS_AT_ONCE, READS_AT_ONCE))
+    uploads: Places = field(default_factory=lambda: Places(UPLOADS_AT_ONCE))
+    fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(UPLOADS_AT_ONCE))
 
     @cached_property
     def names(self) -> TokenNames:

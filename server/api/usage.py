@@ -55,7 +55,7 @@ async def show_usage(
     as_csv = _is_csv(as_format, accept)
     columns = list(_ROWS[group_by].model_fields)
     dump = (lambda rows: _csv_rows(rows, columns)) if as_csv else _json_rows
-    async with state.pages:
+    async with state.pages.turn(caller.tenant.id):
         parts, following = await _gather(state, whose, chosen, limit, after, dump)
     if as_csv:
         headers = {} if following is None else {NEXT: following}

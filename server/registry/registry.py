@@ -70,9 +70,38 @@ class Registry:
         allows), `InvalidRequest` (the name) or `StorageFailure`; the version before then still stands. The current
         bytes again change nothing.
         """
-        key = key_of(tenant, name)
-        check_preconditions(digest_of(self._names.get(key)), if_match, if_none_match)
-        draft = self._checks.draft(name, staging, allow_zero)
+        draft = self.check(
+            name, staging, if_match=if_match, if_none_match=if_none_match, allow_zero=allow_zero, tenant=tenant
+        )
+        return self.take(staging, draft, if_match=if_match, if_none_match=if_none_match, quota=quota, tenant=tenant)
+
+    def check(
+        self,
+        name: str,
+        staging: Staging,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        allow_zero: bool = False,
+        tenant: str = DEFAULT_TENANT,
+    ) -> AdapterVersion:
+        """The first half of `put`: what a core works on, and nothing that waits for another. Raises as `put`."""
+        check_preconditions(digest_of(self._names.get(key_of(tenant, name))), if_match, if_none_match)
+        return self._checks.draft(name, staging, allow_zero)
+
+    def take(
+        self,
+        staging: Staging,
+        draft: AdapterVersion,
+        *,
+        if_match: str | None = None,
+        if_none_match: str | None = None,
+        quota: Quota = _NO_QUOTA,
+        tenant: str = DEFAULT_TENANT,
+    ) -> PutResult:
+        """The second half, of what `check` gave for `staging`: waits for the disk, for who else changes the name, and
+        where it has a lane of its own, for the new copy. Raises as `put`."""
+        key = key_of(tenant, draft.name)
         with self._catalogue.upload(draft.digest):
             self._store.publish(staging)
             with self._writers.alone(key):

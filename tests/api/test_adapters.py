@@ -1,5 +1,6 @@
 """`/adapters`: upload and its refusals, history, paging, and changes while requests are in flight."""
 
+import contextlib
 import errno
 import json
 import pickle
@@ -555,18 +556,23 @@ def test_a_full_temporary_directory_is_507(server, parts, monkeypatch):
     assert server.http.put("/adapters/full", files=parts).status_code == 201
 
 
-def test_only_so_many_uploads_are_received_at_once(server, parts):
-    limiter = server.state.receiving
-    held = [object() for _ in range(int(limiter.total_tokens))]
-    for one in held:
-        limiter.acquire_on_behalf_of_nowait(one)
-    response = server.http.put("/adapters/one-more", files=parts)
-    assert refused(response, 503)["code"] == "uploads_full"
-    assert response.headers["retry-after"]
-    for one in held:
-        limiter.release_on_behalf_of(one)
+def test_only_so_many_uploads_are_under_way_at_once(server, parts):
+    uploads = server.state.uploads
+    with contextlib.ExitStack() as held:
+        for _ in range(uploads.most // 2):
+            held.enter_context(uploads.taking("default"))
+        for body in ({"files": parts}, {"json": {"source": "file:///nowhere"}}):
+            response = server.http.put("/adapters/one-more", **body)
+            assert refused(response, 429)["code"] == "uploads_limit"
+            assert response.headers["retry-after"] == "5"
+    with contextlib.ExitStack() as held:
+        for number in range(uploads.most):
+            held.enter_context(uploads.taking(f"tenant-{number}"))
+        response = server.http.put("/adapters/one-more", files=parts)
+        assert refused(response, 503)["code"] == "uploads_full"
+        assert response.headers["retry-after"] == "5"
     assert server.http.put("/adapters/one-more", files=parts).status_code == 201
-    assert limiter.borrowed_tokens == 0
+    assert uploads.taken == 0
 
 
 def test_an_upload_that_never_ends_is_given_up(server, monkeypatch):
@@ -580,4 +586,4 @@ def test_an_upload_that_never_ends_is_given_up(server, monkeypatch):
         answer = b"".join(iter(lambda: connection.recv(65536), b""))
     assert b"422" in answer.split(b"\r\n")[0]
     assert b"upload_timeout" in answer
-    assert server.state.receiving.borrowed_tokens == 0
+    assert server.state.uploads.taken == 0

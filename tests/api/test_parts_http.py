@@ -1,0 +1,89 @@
+"""What one tenant does with slow uploads and slow lanes leaves another's calls as they are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from server.tenants.keys import Scope
+from tests.families import adapter_bytes
+from tests.serving import Gate, Server, refused, until
+
+
+@pytest.fixture(scope="module")
+def served(base, tmp_path_factory) -> Iterator[tuple[Server, dict[str, httpx.Client]]]:
+    """A server with AUTH on, and a client of each tenant."""
+    with Server(base, tmp_path_factory.mktemp("data"), auth="on") as server, contextlib.ExitStack() as open_:
+        directory, loop = server.state.accounts.directory, server.state.client.loop
+
+        async def client(tenant: str) -> httpx.Client:
+            await directory.create(tenant)
+            _, token = await directory.create_key(tenant, [Scope.GENERATE, Scope.ADAPTERS_WRITE])
+            return httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {token}"})
+
+        made = {one: asyncio.run_coroutine_threadsafe(client(one), loop).result(20) for one in ("ann", "bob")}
+        yield server, {tenant: open_.enter_context(client) for tenant, client in made.items()}
+
+
+def put(client: httpx.Client, name: str, folder) -> httpx.Response:
+    config, weights = adapter_bytes(folder)
+    return client.put(f"/adapters/{name}", files={"config": config, "weights": weights})
+
+
+def test_uploads_that_never_end_leave_room_for_another_tenants(served, adapters):
+    server, clients = served
+    address, uploads = httpx.URL(server.url), server.state.uploads
+    head = (
+        "PUT /adapters/slow HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+        f"authorization: {clients['ann'].headers['authorization']}\r\n"
+        "content-type: multipart/form-data; boundary=x\r\n\r\n--x\r\n"
+    )
+    with contextlib.ExitStack() as open_:
+        for _ in range(uploads.most // 2):
+            connection = open_.enter_context(socket.create_connection((address.host, address.port), timeout=10))
+            connection.sendall(head.encode())
+        until(lambda: uploads.taken == uploads.most // 2)
+        answer = put(clients["ann"], "more", adapters[0])
+        assert refused(answer, 429)["code"] == "uploads_limit"
+        assert put(clients["bob"], "b", adapters[0]).status_code == 201
+    until(lambda: uploads.taken == 0)
+    assert put(clients["ann"], "more", adapters[0]).status_code == 201
+
+
+def test_copies_that_take_long_hold_up_nobody_else(served, adapters, monkeypatch):
+    """However many calls the tenant makes meanwhile, of whatever kind."""
+    server, clients = served
+    ann, bob = clients["ann"], clients["bob"]
+    put(ann, "laned", adapters[0])
+    assert ann.patch("/adapters/laned", json={"lane": "merged"}).status_code == 200
+    gate = Gate(server.runner.merge)
+    monkeypatch.setattr(server.runner, "merge", gate)
+    threads = [threading.Thread(target=put, args=(ann, "laned", adapters[1]))]
+    threads += [threading.Thread(target=put, args=(ann, "laned", adapters[2])) for _ in range(5)]
+    threads += [threading.Thread(target=ann.delete, args=("/adapters/laned",)) for _ in range(60)]
+    try:
+        threads[0].start()
+        until(lambda: gate.entered)
+        for thread in threads[1:]:
+            thread.start()
+        until(lambda: server.state.changes._users["ann"] >= 60)
+        for name in ("laned", "more"):
+            assert put(bob, name, adapters[0]).status_code == 201
+            assert put(bob, name, adapters[1]).status_code == 200
+            assert bob.post(f"/adapters/{name}/rollback", json={"version": 1}).status_code == 200
+            assert bob.delete(f"/adapters/{name}").status_code == 204
+        assert all(thread.is_alive() for thread in threads)
+    finally:
+        gate.open()
+        for thread in threads:
+            thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    ann.delete("/adapters/laned")
+    server.idle()
+    assert not server.state.changes._users
