@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import islice
 
 from server.core import AdapterVersion
 from server.errors import AdapterUnavailable, Conflict
@@ -38,10 +39,10 @@ class Catalogue:
         self.sweeper = ThreadPoolExecutor(1, "onebase-sweep")
         self._load()
 
-    def visible(self, tenant: str) -> dict[str, tuple[Key, Record]]:
-        """All that names mean to the tenant, with their owners' keys."""
+    def page(self, tenant: str, after: str | None, most: int) -> list[tuple[Key, Record]]:
+        """What the first `most` names after `after` mean to the tenant, in their order, with their owners' keys."""
         with self._lock:
-            return self.names.visible(tenant)
+            return list(islice(self.names.visible(tenant, after), most))
 
     def items(self) -> list[tuple[Key, Record]]:
         """All records of all tenants."""

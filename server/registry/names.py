@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from heapq import merge
+from itertools import groupby
+
+from sortedcontainers import SortedDict
+
 from server.errors import AdapterNotFound, Conflict
 from server.registry.records import Key, Record
 
@@ -10,8 +16,8 @@ class Names:
     """Its caller's lock guards every change; one look-up needs none. A published name is unique among the published."""
 
     def __init__(self) -> None:
-        self._own: dict[str, dict[str, Record]] = {}  # by tenant, then by name
-        self._published: dict[str, Key] = {}  # by name; also those that are about to be published
+        self._own: dict[str, SortedDict] = {}  # records by tenant, then by name
+        self._published: SortedDict = SortedDict()  # keys by name; also of those that are about to be published
 
     def get(self, key: Key) -> Record | None:
         """The tenant's own record of that name."""
@@ -37,11 +43,16 @@ class Names:
             raise _not_found(key[1])
         return owner, record
 
-    def visible(self, tenant: str) -> dict[str, tuple[Key, Record]]:
-        """All that names mean to the tenant."""
-        owners = ((name, owner, self.get(owner)) for name, owner in self._published.items())
-        published = {name: (owner, record) for name, owner, record in owners if record is not None and record.public}
-        return published | {name: ((tenant, name), record) for name, record in self._own.get(tenant, {}).items()}
+    def visible(self, tenant: str, after: str | None) -> Iterator[tuple[Key, Record]]:
+        """What names after `after` (None: all) mean to the tenant, in their order. A name costs as much however many
+        there are, and what others keep to themselves costs nothing."""
+        mine, shown = self._own.get(tenant, SortedDict()), self._published
+        ways = [names.irange(after, inclusive=(False, True)) for names in (mine, shown)]
+        for name, _ in groupby(merge(*ways)):
+            key = (tenant, name) if name in mine else shown[name]
+            record = self.get(key)
+            if record is not None and (key[0] == tenant or record.public):
+                yield key, record
 
     def __len__(self) -> int:
         return sum(map(len, list(self._own.values())))
@@ -55,7 +66,7 @@ class Names:
         if record is None:
             self._own.get(key[0], {}).pop(key[1], None)
         else:
-            self._own.setdefault(key[0], {})[key[1]] = record
+            self._own.setdefault(key[0], SortedDict())[key[1]] = record
         self.disclaim(key)
 
     def claim(self, key: Key) -> None:

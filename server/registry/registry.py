@@ -136,10 +136,9 @@ class Registry:
         self, *, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
     ) -> tuple[list[Named], str | None]:
         """A page of what names mean to the tenant, in their order, and the `after` of the next page (None: no more)."""
-        names = self._catalogue.visible(tenant)
-        rest = sorted(name for name in names if after is None or name > after)
-        page = rest[:limit]
-        return [_named(*names[name]) for name in page], page[-1] if page and len(rest) > limit else None
+        found = self._catalogue.page(tenant, after, limit + 1)
+        page = [_named(*one) for one in found[:limit]]
+        return page, page[-1].version.name if len(found) > limit else None
 
     def versions(self, name: str, tenant: str = DEFAULT_TENANT) -> Versions:
         """The history, oldest first. The current one is that of `get`. Raises `AdapterNotFound`."""

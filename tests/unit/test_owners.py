@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from server.errors import AdapterNotFound, Conflict, StorageFailure
 from server.registry import store as store_module
 from server.registry.cache import AdapterCache
 from server.registry.quotas import Quota
+from server.registry.records import Record
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.writers import Writers
@@ -315,3 +317,57 @@ def test_writers_of_one_name_take_turns_and_leave_nothing():
     assert set(most) == {1}
     assert sum(fault is not None for fault in faults) == 60
     assert len(writers) == 0
+
+
+def test_a_page_shows_and_costs_only_what_it_shows(make):
+    """Others' private names are not even looked at, nor are one's own beyond the page."""
+    registry = make()
+    version = put(registry, "a", 1, "ann")
+    names = registry._names
+
+    def keep(tenant, name, public=False):
+        record = Record(1, 2, (replace(version, name=name),), public=public)
+        if public:
+            names.claim((tenant, name))
+        registry._catalogue._set((tenant, name), record)
+
+    for number in range(300):
+        keep("bob", f"n{number:03}")
+        keep("ann", f"n{number:03}-private")
+    for number in range(0, 300, 100):
+        keep("ann", f"n{number:03}-shown", public=True)
+        keep("ann", f"n{number:03}", public=True)  # bob has his own
+    names.claim(("ann", "n001-private"))  # about to be published
+    looked = []
+    get = names.get
+    names.get = lambda key: (looked.append(key), get(key))[1]
+    names._own = {tenant: own for tenant, own in names._own.items() if tenant == "bob"} | {"ann": Private(names, "ann")}
+    page, following = registry.list(limit=3, after="n099", tenant="bob")
+    assert [(one.owner, one.version.name) for one in page] == [("bob", "n100"), ("ann", "n100-shown"), ("bob", "n101")]
+    assert following == "n101"
+    assert len(looked) == 4
+    names.get = get
+    seen, after = [], None
+    while (page := registry.list(limit=7, after=after, tenant="bob"))[1]:
+        seen, after = seen + page[0], page[1]
+    shown = [one.version.name for one in seen + page[0]]
+    assert shown == sorted([f"n{number:03}" for number in range(300)] + ["n000-shown", "n100-shown", "n200-shown"])
+    assert registry.list(limit=2, after="n200-shown", tenant="cyd") == ([], None)
+    assert [one.version.name for one in registry.list(limit=2, after="n100", tenant="cyd")[0]] == ["n100-shown", "n200"]
+
+
+class Private(dict):
+    """A tenant's records, of which only the published ones may be looked at."""
+
+    def __init__(self, names, tenant):
+        super().__init__(names._own[tenant])
+
+    def get(self, name):
+        found = super().get(name)
+        assert found.public or name == "n001-private", "that one is private"
+        return found
+
+    def irange(self, *arguments, **more):
+        raise AssertionError("another's names are no part of a page")
+
+    __iter__ = keys = items = values = irange
