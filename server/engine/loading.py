@@ -6,7 +6,6 @@ wait for a slot: it begins when the request is submitted, or while it waits (pre
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import queue
 from collections import Counter
@@ -54,7 +53,7 @@ class AdapterLoader:
         self._ahead: dict[str, AdapterWeights] = {}  # in RAM, for requests that are lacking
         self._spoilt: set[str] = set()  # could not be prefetched: left to the load itself
         self._largest = 0  # bytes of an adapter
-        self._begun: set[str] = set()  # prefetches under way; changed by any thread, one atomic operation at a time
+        self._begun: dict[str, object] = {}  # prefetches under way; any thread changes it, atomically
         self._full = False  # whether somebody waits for a slot; read by other threads
         self.prefetches: Counter[str] = Counter()  # by what came of them
         self._threads = ThreadPoolExecutor(_THREADS, "onebase-load")
@@ -68,15 +67,14 @@ class AdapterLoader:
     def may_begin(self, key: str) -> bool:
         """From any thread: whether a request about to be submitted may have its adapter fetched before the engine's
         thread sees it, which is after the step under way. If so, `begin` must follow."""
-        if self._full or key in self._begun or not self._permitted():
-            return False
-        self._begun.add(key)
-        return True
+        return not self._full and self._permitted(key)
 
     def begin(self, key: str) -> None:
         """From any thread, after the request was handed to the engine, marked `early`."""
-        with contextlib.suppress(RuntimeError):  # the engine has ended, and the request with it
+        try:
             self._threads.submit(self._prefetch, key)
+        except RuntimeError:  # the engine has ended, or there are no more threads to be had: then the load itself waits
+            self._ended(key, None)
 
     def want(self, request: Request) -> None:
         """A new request names an adapter; it is given at once if it is resident."""
@@ -202,10 +200,9 @@ class AdapterLoader:
         if key in self._ahead or key in self._fetching or key in self._spoilt:
             return
         coming = (len(self._fetching) + 1) * self._largest
-        if self._held() + coming <= self._prefetch_bytes and self._permitted():
+        if self._held() + coming <= self._prefetch_bytes and self._permitted(key):
             self._fetching.add(key)
-            self._begun.add(key)
-            self._threads.submit(self._prefetch, key)
+            self.begin(key)
 
     def _trim(self) -> None:
         """Those that began early are not counted beforehand: the last to come are let go."""
@@ -216,12 +213,25 @@ class AdapterLoader:
     def _held(self) -> int:
         return sum(weights.nbytes for weights in self._ahead.values())
 
-    def _permitted(self) -> bool:
+    def _permitted(self, key: str) -> bool:
+        """Whether the caller may begin a prefetch of it; `_ended` must follow, once for each."""
+        if key in self._begun:
+            return False
         try:
             self._permits.get_nowait()
         except queue.Empty:
             return False
-        return True
+        mine = object()
+        if self._begun.setdefault(key, mine) is mine:
+            return True
+        self._permits.put(None)  # another thread was first
+        return False
+
+    def _ended(self, key: str, weights: AdapterWeights | None) -> None:
+        """A prefetch is not under way any more; whoever says so first gives its permit back."""
+        if self._begun.pop(key, None) is not None:
+            self._permits.put(None)
+        self._post(Fetched(key, weights))
 
     def _prefetch(self, key: str) -> None:
         weights = None
@@ -230,9 +240,7 @@ class AdapterLoader:
         except Exception:
             log.debug("a prefetch failed", exc_info=True)
         finally:
-            self._begun.discard(key)
-            self._permits.put(None)
-            self._post(Fetched(key, weights))
+            self._ended(key, weights)
 
     def _bring(self, key: str, weights: AdapterWeights | None) -> None:
         try:

@@ -29,9 +29,13 @@ class Jobs:
 
     def __init__(self) -> None:
         self.waiting: list[Callable[[], None]] = []
+        self.refuses: str | None = None  # "at once", or "queued": a thread that is free later takes it
 
     def submit(self, function: Callable[..., None], *arguments: Any) -> None:
-        self.waiting.append(lambda: function(*arguments))
+        if self.refuses != "at once":
+            self.waiting.append(lambda: function(*arguments))
+        if self.refuses:
+            raise RuntimeError("can't start new thread")
 
     def run(self) -> None:
         while self.waiting:
@@ -319,3 +323,48 @@ def test_a_slot_is_not_lost_with_the_request_that_it_was_reserved_for(broken: bo
     one.settle()
     assert other.ready
     assert one.bank.references == 1
+
+
+@pytest.mark.parametrize("refuses", ["at once", "queued"])
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_fetch_that_no_thread_takes_holds_up_no_request_and_keeps_no_permit(refuses: str, slots: int) -> None:
+    """Early, and for a request that waits for a slot."""
+    one = Loading(slots)
+    running = one.request("a")
+    one.settle()
+    one.jobs.refuses = refuses
+    waiting = [one.request("b"), one.request("c")]
+    assert [request.submit.early for request in waiting] == [True, True]
+    one.loader.want(again := Request(Submit("again", (1,), AdapterRef("d", 1, "d"), Sampling(1)), b"", monotonic()))
+    if slots == 1:
+        one.loader.serve()
+    one.jobs.refuses = None
+    one.settle()
+    assert one.loader._permits.qsize() == 2
+    assert not one.loader._begun
+    for request in (running, *waiting, again):
+        assert request.ready
+        one.loader.give_up(request)
+        one.settle()
+    assert one.bank.references == 0
+    assert one.loader._permits.qsize() == 2
+
+
+def test_a_fetch_that_has_begun_is_not_begun_for_another_that_waits() -> None:
+    """The request that it was begun for is still on its way to the engine's thread."""
+    one, [running] = holding("a")
+    waiting = one.request("b")
+    one.loader.give_up(waiting)
+    one.settle()
+    one.loader.want(waiting := Request(waiting.submit, b"", monotonic()))
+    one.loader.fetched(Fetched("b", None))
+    one.loader._spoilt.clear()
+    assert one.loader.may_begin("b")
+    one.loader.begin("b")
+    one.fetched.clear()
+    one.settle()
+    assert one.fetched == ["b"]
+    assert one.loader._permits.qsize() == 2
+    one.loader.give_up(running)
+    one.settle()
+    assert waiting.ready
