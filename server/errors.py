@@ -102,7 +102,7 @@ class PreconditionFailed(OnebaseError):
 
 
 class RateLimited(OnebaseError):
-    """The tenant's own limit is reached (429, with `x-ratelimit-*`, and `Retry-After` where waiting helps)."""
+    """The tenant's own limit is reached (429, with `Retry-After`, and `x-ratelimit-*` of its limits a minute)."""
 
     status, type, code = 429, "rate_limit_error", "rate_limited"
 

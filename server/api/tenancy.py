@@ -79,7 +79,7 @@ class TenantBody(Strict):
         if self.prices is not None:
             both = {**tenant.prices, **self.prices.model_dump(exclude_unset=True)}
             found["prices"] = {name: price for name, price in both.items() if price is not None}
-            checked_prices(book, found["prices"])
+            checked_prices(book, found["prices"], "prices.")
         return found
 
 
@@ -248,12 +248,18 @@ class InvoiceInfo(BaseModel):
     total: str
 
 
-def checked_prices(book: PriceBook, differing: dict[str, Any]) -> PriceBook:
-    """`book` with other prices. Raises InvalidRequest."""
+def checked_prices(book: PriceBook, differing: dict[str, Any], place: str = "") -> PriceBook:
+    """`book` with other prices, which are in the body at `place`. Raises InvalidRequest."""
     try:
-        return book.override(differing)
-    except (ValueError, TypeError) as fault:
-        raise InvalidRequest(str(fault), param="rank_classes" if "rank" in str(fault) else "prices") from fault
+        found = book.override(differing)
+    except ValueError as fault:  # the bounds of single prices are the schema's
+        raise InvalidRequest(str(fault), param=f"{place}rank_classes") from fault
+    if found.cached > found.prompt:
+        raise InvalidRequest(
+            f"a cached token ({found.cached}) must not cost more than one that is not ({found.prompt})",
+            param=f"{place}cached",
+        )
+    return found
 
 
 def tenant_info(tenant: Tenant, admission: Admission) -> dict[str, Any]:

@@ -264,28 +264,38 @@ class Engine:
             sequence.finish_reason = "stop"
         elif sequence.produced >= sampling.max_tokens:
             sequence.finish_reason = "length"
-        elif request.submit.most is not None and request.produced >= request.submit.most:
+        spent = request.submit.most is not None and request.produced >= request.submit.most
+        if spent and not sequence.finish_reason:
             sequence.finish_reason = "budget"
+        self._tell(sequence, text, [choice])
+        if spent:  # nothing is left for the other answers either, whatever this step has computed for them
+            for other in request.sequences:
+                if not other.finish_reason:
+                    other.finish_reason = "budget"
+                    self._tell(other, "", [])
+        if all(s.finish_reason for s in request.sequences):
+            self._end(request, "finished")
+
+    def _tell(self, sequence: Sequence, text: str, choices: list[Choice]) -> None:
+        """The next event of a sequence, with the rest of its text and its place given back if it has ended."""
+        request = sequence.request
         if sequence.finish_reason:
             text += sequence.text.finish()
             if sequence.text.stopped:
                 sequence.finish_reason = "stop"
             self._scheduler.remove(sequence)
-        logprobs = [choice.logprob] if choice.logprob else []
         self._events.append(
             Delta(
                 request.submit.id,
                 sequence.index,
                 text,
-                [choice.token],
-                logprobs,
+                [choice.token for choice in choices],
+                [choice.logprob for choice in choices if choice.logprob],
                 request.residency,
                 sequence.finish_reason,
                 request.cached,
             )
         )
-        if all(s.finish_reason for s in request.sequences):
-            self._end(request, "finished")
 
     def _end(self, request: Request, outcome: str, error: OnebaseError | None = None) -> None:
         """The one way a request ends: its Done goes out with the step's events, and everything it holds goes back."""

@@ -53,7 +53,7 @@ class Entry:
         self._counts: Counts | None = None
         self._told = (0, 0)
         allowance = reservation.allowance
-        self.most = None if allowance is None else max(1, self.rates.affordable(allowance, record.prompt, 0))
+        self.most = None if allowance is None else self.rates.affordable(allowance, record.prompt, 0)
 
     @property
     def rates(self) -> Rates:

@@ -3,14 +3,15 @@
 Everything here runs on the event loop's thread without an await, so that what is checked still holds when it is taken.
 
 Rates are fixed windows of a minute that begin with a tenant's first request: across two of them up to twice the limit
-may fall into one minute. Tokens are reserved as prompt + max_tokens and given back when the request ends, if its
-window still lasts.
+may fall into one minute. A limit that is changed counts what was used in the minute that lasts. Tokens are reserved as
+prompt + max_tokens and given back when the request ends, if its window still lasts; the request itself is given back
+only if it never ran.
 
 A budget holds back each request's worst cost until it ends. If less than that is left, the request gets what is left
-as its `allowance`, and the engine ends it when its cost reaches that. So a window's spending exceeds `max_budget` only
-by what requests with an allowance make beyond it: a completion token for each of their answers that had not ended,
-where `least_cost` names the prompt's price. A request counts in the window in which it began, also when it ends in a
-later one.
+as its `allowance`, and the engine ends it when its cost reaches that, all of its answers at once. So a window's
+spending does not exceed `max_budget`, but for a micro-dollar a request: a prompt that is partly cached is rounded in
+two parts, which can come to one more than the whole. A request counts in the window in which it began, also when it
+ends in a later one.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from server.tenants.tenant import Limits, Tenant, duration_ms
 from server.tenants.windows import Windows
 
 log = logging.getLogger("onebase.tenants")
+NO_END_RETRY_SECONDS = 3600  # Retry-After of a budget without a window: only an admin can say when there is more
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,14 @@ def budget_window(limits: Limits, now_ms: int) -> Window:
     return Window(start, start + length)
 
 
+class _Minute(RateLimitItemPerMinute):
+    """A limit whose window is the same whatever its amount, so that a changed one goes on counting."""
+
+    def key_for(self, *identifiers: bytes | str | float) -> str:
+        """`identifiers` are a tenant and a kind."""
+        return "/".join(str(one) for one in identifiers)
+
+
 @dataclass(slots=True)
 class _Account:
     """What one tenant does now: its parallel requests, and the money of its budget's window."""
@@ -62,8 +72,7 @@ class _Account:
 
 
 class Reservation:
-    """A place for one request. `settle` or `release` gives it back; as a context manager it is released if the block
-    did not settle it.
+    """A place for one request; `settle` or `release` gives it back.
 
     `allowance` is the micro-dollars at which the engine must end it; None if its worst cost fits, or there is no
     budget. `created_ms` is the time that decides which budget window it counts in: the ledger's record carries it.
@@ -87,18 +96,13 @@ class Reservation:
         if self.settled:
             raise RuntimeError("a reservation is settled once")
         self.settled = True
-        self._admission._settle(self, tokens, cost)
+        self._admission._settle(self, tokens, cost, requests=1)
 
     def release(self) -> None:
         """The request never ran: nothing was used. Does nothing once it is settled."""
         if not self.settled:
-            self.settle(0, 0)
-
-    def __enter__(self) -> Reservation:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+            self.settled = True
+            self._admission._settle(self, 0, 0, requests=0)
 
 
 class Admission:
@@ -154,7 +158,7 @@ class Admission:
         return reservation
 
     def headers(self, tenant: Tenant) -> dict[str, str]:
-        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of the limits that the tenant has."""
+        """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of the limits a minute that the tenant has."""
         now, headers = self._clock(), {}
         for kind, item in self._items(tenant.limits).items():
             stats = self._rates.get_window_stats(item, tenant.id, kind)
@@ -205,18 +209,19 @@ class Admission:
         if left >= max(1, least):
             return min(worst, left)
         if account.held and budget - account.spent >= max(1, least):
-            wait: int | None = 1  # it is only held back: requests that run may give some of it back
+            message, wait = "the rest of the budget is held back for requests that run", 1
+        elif (end := account.window.end_ms) is None:
+            message, wait = "the budget is used up, and it does not come back by itself", NO_END_RETRY_SECONDS
         else:
-            end = account.window.end_ms
-            wait = None if end is None else math.ceil((end - now_ms) / 1000)
-        raise self._refusal(tenant, "the budget is used up", "budget_exhausted", wait)
+            message, wait = "the budget is used up", math.ceil((end - now_ms) / 1000)
+        raise self._refusal(tenant, message, "budget_exhausted", wait)
 
-    def _settle(self, reservation: Reservation, tokens: int, cost: int) -> None:
+    def _settle(self, reservation: Reservation, tokens: int, cost: int, *, requests: int) -> None:
         tenant = reservation.tenant
-        unused = reservation.tokens - tokens
-        if "tokens" in reservation._ends and unused > 0:
-            key = self._items(tenant.limits)["tokens"].key_for(tenant.id, "tokens")
-            self._windows.give_back(key, reservation._ends["tokens"], unused)
+        unused = {"requests": 1 - requests, "tokens": reservation.tokens - tokens}
+        for kind, item in self._items(tenant.limits).items():
+            if unused[kind] > 0:
+                self._windows.give_back(item.key_for(tenant.id, kind), reservation._ends[kind], unused[kind])
         account = self._accounts[tenant.id]
         account.running -= 1
         if account.turn != reservation._turn:
@@ -229,11 +234,10 @@ class Admission:
             self.soft_warnings += 1
             log.warning("tenant %s has spent %d micro-dollars, its soft budget is %d", tenant.id, account.spent, soft)
 
-    def _items(self, limits: Limits) -> dict[str, RateLimitItemPerMinute]:
+    def _items(self, limits: Limits) -> dict[str, _Minute]:
         amounts = {"requests": limits.rpm_limit, "tokens": limits.tpm_limit}
-        return {kind: RateLimitItemPerMinute(amount) for kind, amount in amounts.items() if amount is not None}
+        return {kind: _Minute(amount) for kind, amount in amounts.items() if amount is not None}
 
-    def _refusal(self, tenant: Tenant, message: str, code: str, wait: int | None) -> RateLimited:
+    def _refusal(self, tenant: Tenant, message: str, code: str, wait: int) -> RateLimited:
         self.refused[code] += 1
-        retry_after = None if wait is None else max(1, wait)
-        return RateLimited(message, code=code, retry_after=retry_after, headers=self.headers(tenant))
+        return RateLimited(message, code=code, retry_after=max(1, wait), headers=self.headers(tenant))

@@ -79,6 +79,9 @@ class PriceBook:
 
     `rank_classes` are pairs (largest rank, multiplier in thousandths), ascending; a rank beyond the last class has the
     last one's multiplier. The base (rank 0) is charged at the plain price.
+
+    A cached token is never charged more than a fresh one, or what a request can cost at most would not be known when it
+    is admitted. The API refuses such prices; where a tenant's own and a later book come to that, `rates` has the lower.
     """
 
     version: int
@@ -109,7 +112,7 @@ class PriceBook:
     def rates(self, rank: int) -> Rates:
         """What a token costs on an adapter of this rank; 0 is the base."""
         times = self.multiplier(rank)
-        return Rates(self.prompt * times, self.cached * times, self.completion * times)
+        return Rates(self.prompt * times, min(self.cached, self.prompt) * times, self.completion * times)
 
     def charge(self, prompt: int, cached: int, completion: int, rank: int) -> Charge:
         """See `Rates.charge`."""

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.errors import Overloaded
 from server.tenants import usage
 from server.tenants.keys import Scope
 from server.tenants.tenant import Limits
@@ -133,11 +134,10 @@ def test_a_budget_that_runs_out_ends_the_answer(guarded, tenant, stream):
     guarded.idle()
 
 
-def test_a_budget_without_an_end_says_nothing_of_waiting(tenant):
-    send = tenant(max_budget=5)
-    response = send()
-    assert refused(response, 429)["code"] == "budget_exhausted"
-    assert "retry-after" not in response.headers
+def test_a_budget_without_an_end_says_that_it_does_not_come_back(tenant):
+    response = tenant(max_budget=5)()
+    limited(response, "budget_exhausted")
+    assert "does not come back by itself" in response.json()["error"]["message"]
 
 
 def test_answers_that_share_a_budget_end_together(guarded, tenant):
@@ -146,6 +146,40 @@ def test_answers_that_share_a_budget_end_together(guarded, tenant):
     made = [len(choice["token_ids"]) for choice in body["choices"]]
     assert {choice["finish_reason"] for choice in body["choices"]} == {"budget"}
     assert sum(made) == body["usage"]["completion_tokens"]
-    assert 40 <= body["usage"]["cost_microusd"] < 40 + 3
+    assert body["usage"]["cost_microusd"] == 40
     limited(send(max_tokens=1), "budget_exhausted")
     guarded.idle()
+
+
+@pytest.mark.parametrize(("budget", "each"), [(21, [3, 3, 3, 2]), (11, [1, 0, 0, 0])])
+def test_a_budget_of_several_answers_is_exact(guarded, tenant, budget, each):
+    chunks = chunks_of(tenant(max_budget=budget)(max_tokens=100, n=4, temperature=1.0, seed=3, stream=True))
+    made, reasons = [0] * 4, [None] * 4
+    for choice in (chunk["choices"][0] for chunk in chunks):
+        made[choice["index"]] += len(choice["token_ids"])
+        reasons[choice["index"]] = choice["finish_reason"]
+    assert (made, reasons) == (each, ["budget"] * 4)
+    assert chunks[-1]["usage"]["cost_microusd"] == budget
+    guarded.idle()
+
+
+def test_a_request_that_the_engine_refuses_is_not_counted(guarded, tenant, monkeypatch):
+    send = tenant(rpm_limit=2)
+
+    def full(*_: object) -> None:
+        raise Overloaded("the queue is full", code="queue_full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(guarded.state.client, "submit", full)
+        for _ in range(5):
+            assert refused(send(), 503)["code"] == "queue_full"
+    assert send().headers["x-ratelimit-remaining-requests"] == "1"
+
+
+def test_a_changed_rate_counts_what_was_used_before(guarded, tenant):
+    send = tenant(rpm_limit=1)
+    assert send().status_code == 200
+    limited(send(), "requests_limit")
+    on_loop(guarded, guarded.state.accounts.update(send.name, lambda _: {"limits": Limits(rpm_limit=2)}))
+    assert send().headers["x-ratelimit-remaining-requests"] == "0"
+    limited(send(), "requests_limit")

@@ -198,8 +198,8 @@ def test_a_changed_limit_is_in_force_for_the_next_request(admin):
     account = admin.tenant(limits={"rpm_limit": 1000})
     answer = account.generate()
     assert answer.headers["x-ratelimit-limit-requests"] == "1000"
-    shown = admin.change(account, limits={"rpm_limit": 1, "tpm_limit": 500}, weight=2)
-    assert (shown["limits"]["rpm_limit"], shown["limits"]["tpm_limit"], shown["weight"]) == (1, 500, 2.0)
+    shown = admin.change(account, limits={"rpm_limit": 2, "tpm_limit": 500}, weight=2)
+    assert (shown["limits"]["rpm_limit"], shown["limits"]["tpm_limit"], shown["weight"]) == (2, 500, 2.0)
     assert account.generate().status_code == 200
     response = account.generate()
     assert refused(response, 429)["code"] == "requests_limit"
@@ -252,6 +252,29 @@ def test_a_new_price_book_holds_for_the_next_request(admin):
     for wrong in ({"prompt": -1}, {"rank_classes": [[8, 1], [8, 1]]}, {"rank_classes": [[8]]}, {"version": 9}):
         refused(admin.http.put("/admin/prices", json=cheap | wrong), 422)
     refused(admin.http.put("/admin/prices", json={"prompt": 1}), 422, "cached")
+
+
+def test_a_cached_token_never_costs_more_than_a_fresh_one(admin):
+    before = admin.http.get("/admin/prices").json()
+    book = {name: price for name, price in before.items() if name != "version"}
+    dear = {"prompt": 100_000_000, "cached": 100_000_000}
+    refused(admin.http.put("/admin/prices", json=book | {"cached": book["prompt"] + 1}), 422, "cached")
+    account = admin.tenant(prices=dear)
+    for wrong in ({"prompt": 99_999_999}, {"cached": 100_000_001}, {"prompt": None}):
+        refusal = admin.http.patch(f"/admin/tenants/{account.name}", json={"prices": wrong})
+        refused(refusal, 422, "prices.cached")
+    refusal = admin.http.post("/admin/tenants", json={"id": "wrong", "prices": {"prompt": book["cached"] - 1}})
+    refused(refusal, 422, "prices.cached")
+    assert admin.http.get(f"/admin/tenants/{account.name}").json()["prices"] == dear
+    other = admin.tenant(prices={"cached": book["prompt"]})
+    try:  # a later book may come below what a tenant pays for cached tokens: then that is no more than the others
+        assert admin.http.put("/admin/prices", json=book | {"prompt": 0, "cached": 0, "completion": 0}).is_success
+        for _ in range(2):
+            used = other.costs(prompt=list(range(4, 44)), max_tokens=1)["usage"]
+        assert used["cached_tokens"] == 32
+        assert used["cost_microusd"] == 0
+    finally:
+        assert admin.http.put("/admin/prices", json=book).is_success
 
 
 def test_tenants_are_listed_in_pages_without_their_salt(admin):

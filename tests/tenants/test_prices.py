@@ -82,6 +82,11 @@ def test_ranks_have_classes(rank: int, multiplier: int) -> None:
     assert BOOK.charge(2000, 1000, 500, rank).completion == 2 * multiplier
 
 
+def test_a_cached_token_never_costs_more_than_a_fresh_one() -> None:
+    assert replace(BOOK, cached=BOOK.prompt + 1).rates(64).cached == BOOK.rates(64).prompt
+    assert BOOK.rates(64).cached < BOOK.rates(64).prompt
+
+
 def test_the_fair_share_counts_with_the_bills_prices() -> None:
     assert BOOK.rates(64).weights() == (1.5, 0.15, 6.0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from dataclasses import replace
 from typing import Any
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from server.errors import Forbidden, InvalidRequest, RateLimited
-from server.tenants.limits import Admission, Reservation, budget_window
+from server.tenants.limits import NO_END_RETRY_SECONDS, Admission, Reservation, budget_window
 from server.tenants.tenant import Limits, Tenant
 from server.tenants.windows import Windows
 
@@ -85,18 +84,56 @@ def test_what_is_refused_uses_nothing_up() -> None:
     for _ in range(20):
         assert refusal(admission, who, 10).code == "parallel_limit"
     held.release()
-    assert admission.headers(who)["x-ratelimit-remaining-requests"] == "4"
+    assert admission.headers(who)["x-ratelimit-remaining-requests"] == "5"
     assert admission.headers(who)["x-ratelimit-remaining-tokens"] == "100"
     assert admission.budget_left(who) == 9
 
 
+def test_a_request_that_never_ran_is_given_back_to_the_minute_in_which_it_came() -> None:
+    clock = Clock()
+    admission, who = Admission(clock=clock), tenant(rpm_limit=2)
+    for _ in range(20):
+        admission.reserve(who, 1, 1).release()
+    late = admission.reserve(who, 1, 1)
+    admission.reserve(who, 1, 1).settle(0, 0)  # it ran, and failed: that is a request
+    assert refusal(admission, who).code == "requests_limit"
+    clock.now += 60
+    admission.reserve(who, 1, 1)
+    late.release()
+    assert admission.headers(who)["x-ratelimit-remaining-requests"] == "1"
+
+
+def test_a_changed_limit_goes_on_counting() -> None:
+    clock = Clock()
+    admission, who = Admission(clock=clock), tenant(rpm_limit=3, tpm_limit=100)
+    running = admission.reserve(who, 60, 1)
+    admission.reserve(who, 1, 1).settle(1, 1)
+    clock.now += 20
+    more = tenant(rpm_limit=4, tpm_limit=110)
+    assert admission.headers(more) == {
+        "x-ratelimit-limit-requests": "4",
+        "x-ratelimit-remaining-requests": "2",
+        "x-ratelimit-reset-requests": "40s",
+        "x-ratelimit-limit-tokens": "110",
+        "x-ratelimit-remaining-tokens": "49",
+        "x-ratelimit-reset-tokens": "40s",
+    }
+    running.settle(10, 1)
+    assert admission.headers(more)["x-ratelimit-remaining-tokens"] == "99"
+    less = tenant(rpm_limit=1, tpm_limit=110)
+    assert admission.headers(less)["x-ratelimit-remaining-requests"] == "0"
+    assert refusal(admission, less).retry_after == 40
+    admission.reserve(tenant(), 1, 1)
+    assert admission.headers(tenant()) == {}
+
+
 def test_parallel_requests_come_back_on_every_path() -> None:
     admission, who = Admission(), tenant(max_parallel_requests=1)
-    with contextlib.suppress(ValueError), admission.reserve(who, 1, 1):
-        assert refusal(admission, who).retry_after == 1
-        raise ValueError
-    with admission.reserve(who, 1, 1) as reservation:
-        reservation.settle(1, 1)
+    reservation = admission.reserve(who, 1, 1)
+    assert refusal(admission, who).retry_after == 1
+    reservation.release()
+    reservation = admission.reserve(who, 1, 1)
+    reservation.settle(1, 1)
     reservation.release()
     with pytest.raises(RuntimeError):
         reservation.settle(1, 1)
@@ -120,7 +157,7 @@ def test_a_budget_grants_what_is_left() -> None:
     assert (whole.allowance, rest.allowance) == (None, 30)
     assert refusal(admission, who).retry_after == 1  # held back only
     whole.settle(1, 70)
-    rest.settle(1, 31)
+    rest.settle(1, 30)
     fault = refusal(admission, who)
     assert (fault.code, fault.retry_after) == ("budget_exhausted", DAY)
     clock.now += DAY
@@ -129,8 +166,14 @@ def test_a_budget_grants_what_is_left() -> None:
 
 def test_a_prompt_that_the_rest_does_not_pay_for() -> None:
     admission, who = Admission(), tenant(max_budget=100)
-    assert refusal(admission, who, cost=300, least_cost=101).retry_after is None
+    assert refusal(admission, who, cost=300, least_cost=101).code == "budget_exhausted"
     assert admission.reserve(who, 1, 300, least_cost=100).allowance == 100
+
+
+def test_a_budget_without_an_end_says_that_it_does_not_come_back() -> None:
+    fault = refusal(Admission(), tenant(max_budget=0))
+    assert (fault.code, fault.retry_after) == ("budget_exhausted", NO_END_RETRY_SECONDS)
+    assert "does not come back by itself" in fault.message
 
 
 def test_a_request_counts_in_the_window_in_which_it_began() -> None:
@@ -213,10 +256,9 @@ class Admissions(RuleBasedStateMachine):
         self.admission = Admission(clock=self.clock)
         self.who = Tenant(id="a", created_ms=0, salt=b"", limits=self.LIMITS)
         self.live: dict[Reservation, tuple[int, float]] = {}  # -> tokens, when its minute ends
-        self.requests: list[int] = []  # of the present minute: the tokens that each used
+        self.requests: list[int | None] = []  # of the present minute: the tokens that each used, None if it never ran
         self.minute_ends = 0.0
         self.spent: dict[int, int] = {}  # budget window -> micro-dollars
-        self.over: dict[int, int] = {}  # budget window -> what requests made beyond their allowance
 
     def _window(self, at_ms: int) -> int:
         return at_ms // 120_000
@@ -232,7 +274,8 @@ class Admissions(RuleBasedStateMachine):
         if self.clock.now >= self.minute_ends:
             self.requests = []
         left = 500 - self.spent.get(self._now(), 0) - self._held()
-        expected = len(self.live) < 3 and len(self.requests) < 6 and sum(self.requests) + tokens <= 200 and left >= 1
+        used = [one for one in self.requests if one is not None]
+        expected = len(self.live) < 3 and len(used) < 6 and sum(used) + tokens <= 200 and left >= 1
         if not expected:
             refusal(self.admission, self.who, tokens, cost)
             return None
@@ -245,15 +288,12 @@ class Admissions(RuleBasedStateMachine):
         self.live[got] = (len(self.requests) - 1, self.minute_ends)
         return got
 
-    @rule(item=consumes(running), part=st.floats(0, 1), beyond=st.integers(0, 3))
-    def settle(self, item: Reservation | None, part: float, beyond: int) -> None:
+    @rule(item=consumes(running), part=st.floats(0, 1))
+    def settle(self, item: Reservation | None, part: float) -> None:
         if item is None:
             return
         place, minute = self.live.pop(item)
         tokens, cost = int(item.tokens * part), int(item.held * part)
-        if item.allowance is not None:
-            cost = item.held + beyond  # the engine ends it in the step that reaches its allowance
-            self.over[self._window(item.created_ms)] = self.over.get(self._window(item.created_ms), 0) + beyond
         item.settle(tokens, cost)
         if minute == self.minute_ends and self.clock.now < minute:
             self.requests[place] = tokens
@@ -267,7 +307,7 @@ class Admissions(RuleBasedStateMachine):
             item.release()
             item.release()
             if minute == self.minute_ends and self.clock.now < minute:
-                self.requests[place] = 0
+                self.requests[place] = None
 
     @rule(seconds=st.sampled_from([0.25, 1.0, 20.0, 60.0, 150.0]))
     def wait(self, seconds: float) -> None:
@@ -278,7 +318,7 @@ class Admissions(RuleBasedStateMachine):
         assert self.admission.running("a") == len(self.live)
         assert self.admission.budget_left(self.who) == max(0, 500 - self.spent.get(self._now(), 0) - self._held())
         for window, spent in self.spent.items():
-            assert spent <= 500 + self.over.get(window, 0)
+            assert spent <= 500, window
 
 
 Admissions.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
