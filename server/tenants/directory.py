@@ -212,7 +212,7 @@ class Directory:
         return made.token
 
     def _now_ms(self) -> int:
-        return int(self._clock() * 1000)
+        return tables.now_ms(self._clock)
 
     def _lasts(self, key: Key) -> bool:
         return key.expires_ms is None or self._now_ms() < key.expires_ms

@@ -24,7 +24,7 @@ from sqlalchemy import bindparam, delete, func, select, update
 from server.tenants.database import Database
 from server.tenants.events import Event
 from server.tenants.sinks import TIMEOUT_SECONDS, Outcome, Sink, Verdict
-from server.tenants.tables import outbox
+from server.tenants.tables import now_ms, outbox
 
 log = logging.getLogger("onebase.outbox")
 
@@ -260,7 +260,7 @@ class Deliverer:
         return delay * random.uniform(0.5, 1.0)
 
     def _now_ms(self) -> int:
-        return int(self._clock() * _MS)
+        return now_ms(self._clock)
 
 
 def _some(condition: Any) -> Any:

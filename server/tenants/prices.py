@@ -114,10 +114,6 @@ class PriceBook:
         times = self.multiplier(rank)
         return Rates(self.prompt * times, min(self.cached, self.prompt) * times, self.completion * times)
 
-    def charge(self, prompt: int, cached: int, completion: int, rank: int) -> Charge:
-        """See `Rates.charge`."""
-        return self.rates(rank).charge(prompt, cached, completion)
-
     def override(self, differing: Mapping[str, Any]) -> PriceBook:
         """The same book with some prices of a tenant's own. Raises `ValueError` for names or prices that cannot be."""
         unknown = set(differing) - {*_PRICES, "rank_classes"}
@@ -168,10 +164,3 @@ async def publish(database: Database, book: PriceBook) -> PriceBook:
         row = {"version": numbered.version, "created_ms": now_ms(), "book": numbered.as_dict()}
         await connection.execute(insert(prices).values(row))
     return numbered
-
-
-async def version(database: Database, number: int) -> PriceBook | None:
-    """One version; None where there is none of that number."""
-    async with database.read() as connection:
-        found = await connection.scalar(select(prices.c.book).where(prices.c.version == number))
-    return read(found) if found else None

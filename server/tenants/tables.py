@@ -6,6 +6,7 @@ A change here needs a revision in `migrations/versions`; a test holds the two ag
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import (
@@ -36,9 +37,9 @@ metadata = MetaData(
 OPEN = "open"  # the status of a usage row whose request still runs
 
 
-def now_ms() -> int:
-    """The time as the tables have it."""
-    return time.time_ns() // 10**6
+def now_ms(clock: Callable[[], float] = time.time) -> int:
+    """The time as the tables have it; `clock` gives seconds since 1970."""
+    return int(clock() * 1000)
 
 
 def _counted(name: str) -> Column[Any]:

@@ -38,7 +38,7 @@ def test_the_answer_has_the_contracts_shape(server):
         "cached_tokens": 0,
         "completion_tokens": completion,
         "total_tokens": 3 + completion,
-        "cost_microusd": DEFAULT_BOOK.charge(3, 0, completion, rank=0).total,
+        "cost_microusd": DEFAULT_BOOK.rates(0).charge(3, 0, completion).total,
     }
 
 

@@ -9,8 +9,9 @@ from math import floor
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import select
 
-from server.tenants import prices
+from server.tenants import prices, tables
 from server.tenants.database import Database
 from server.tenants.money import dollars, half_up
 from server.tenants.prices import DEFAULT_BOOK, MAX_MULTIPLIER, MAX_PRICE, MAX_TOKENS, PriceBook, Rates, read
@@ -77,9 +78,8 @@ def test_what_is_affordable_is_the_most_that_is(rates: Rates, prompt: int, left:
 )
 def test_ranks_have_classes(rank: int, multiplier: int) -> None:
     assert BOOK.multiplier(rank) == multiplier
-    assert BOOK.charge(2000, 1000, 500, rank).prompt == multiplier
-    assert BOOK.charge(2000, 1000, 500, rank).cached == multiplier // 10
-    assert BOOK.charge(2000, 1000, 500, rank).completion == 2 * multiplier
+    charge = BOOK.rates(rank).charge(2000, 1000, 500)
+    assert (charge.prompt, charge.cached, charge.completion) == (multiplier, multiplier // 10, 2 * multiplier)
 
 
 def test_a_cached_token_never_costs_more_than_a_fresh_one() -> None:
@@ -125,14 +125,14 @@ def test_impossible_prices_are_refused(wrong: dict[str, object]) -> None:
 
 def test_the_dearest_request_fits_the_database() -> None:
     dear = PriceBook(1, *[MAX_PRICE] * 5, rank_classes=((1, MAX_MULTIPLIER),))
-    charge = dear.charge(MAX_TOKENS, 0, MAX_TOKENS, 1)
+    charge = dear.rates(1).charge(MAX_TOKENS, 0, MAX_TOKENS)
     assert max(charge.prompt, charge.completion, dear.rates(1).prompt) < 2**63
 
 
 @pytest.mark.parametrize("wrong", [(1, 2, 0), (-1, -1, 0), (0, 0, -1), (MAX_TOKENS + 1, 0, 0)])
 def test_impossible_counts_are_refused(wrong: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="impossible"):
-        BOOK.charge(*wrong, 0)
+        BOOK.rates(0).charge(*wrong)
 
 
 @pytest.mark.anyio
@@ -141,5 +141,6 @@ async def test_books_are_numbered_and_kept(database: Database) -> None:
     second = await prices.publish(database, replace(BOOK, version=77))
     assert second == replace(BOOK, version=2)
     assert await prices.current(database) == second
-    assert await prices.version(database, 1) == DEFAULT_BOOK
-    assert await prices.version(database, 3) is None
+    async with database.read() as connection:
+        rows = (await connection.execute(select(tables.prices).order_by(tables.prices.c.version))).all()
+    assert [(row.version, read(row.book)) for row in rows] == [(1, DEFAULT_BOOK), (2, second)]
