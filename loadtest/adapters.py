@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
+from loadtest.dialects import authorization
 from loadtest.workload import Workload
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -107,12 +108,15 @@ def write(adapters: list[Adapter], base: Path, folder: Path) -> list[Path]:
     return paths
 
 
-def register(url: str, adapters: list[Adapter], base: Path, tick: Callable[[], None] = lambda: None) -> int:
+def register(
+    url: str, adapters: list[Adapter], base: Path, tick: Callable[[], None] = lambda: None, key: str | None = None
+) -> int:
     """Uploads to a onebase server what it does not have yet; the number uploaded. `tick` is called after each adapter.
 
     Raises httpx.HTTPError when the server refuses one or does not answer.
     """
-    with httpx.Client(base_url=url, timeout=300) as http, ThreadPoolExecutor(AT_ONCE) as pool:
+    headers = authorization(key)
+    with httpx.Client(base_url=url, timeout=300, headers=headers) as http, ThreadPoolExecutor(AT_ONCE) as pool:
         there = set(_registered(http))
         new = [adapter for adapter in adapters if adapter.name not in there]
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import aiohttp
 
-from loadtest.dialects import Dialect
+from loadtest.dialects import Dialect, authorization
 from loadtest.workload import Request
 
 LINE = 1 << 20  # bytes; the longest line of a stream
@@ -67,7 +67,7 @@ class Client:
     another's, and none is found closed."""
 
     def __init__(self, url: str, dialect: Dialect, timeout: float = TIMEOUT, key: str | None = None):
-        self._headers = {"Authorization": f"Bearer {key}"} if key else None
+        self._headers = authorization(key)
         self._url, self._dialect = url.rstrip("/") + dialect.path, dialect
         self._timeout = aiohttp.ClientTimeout(total=timeout)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ from rich.text import Text
 # What they need is imported when they run: `onebase --help` must not wait for it.
 
 Url = Annotated[str, typer.Option(envvar="ONEBASE_URL", help="The server.")]
+Key = Annotated[
+    str | None, typer.Option(envvar="ONEBASE_KEY", help="The API key, where the server wants one.", show_default=False)
+]
 Name = Annotated[str, typer.Option(help="A shipped workload, or a .toml or .json file.")]
 BaseDir = Annotated[
     Path | None, typer.Option(help="The served base's directory, for the adapters' shapes; else the bundled base's.")
@@ -44,6 +48,7 @@ def run(
     seconds: Annotated[float | None, typer.Option(help="Instead of the workload's bound in time.")] = None,
     seed: Annotated[int | None, typer.Option(help="Instead of the workload's: other prompts, nothing cached.")] = None,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds that one request may take.")] = 600,
+    key: Key = None,
 ) -> None:
     """Sends a workload to a server and reports throughput and latencies."""
     from loadtest import adapters, dialects
@@ -55,16 +60,16 @@ def run(
     _need_matplotlib(plot)
     _need_folders(json_file, markdown, plot)
     chosen = _load(workload, {"requests": requests, "seconds": seconds, "seed": seed})
-    url = _address(url)
+    url, key = _address(url), _checked(key)
     with _faults(url):
         plan(chosen)  # what is wrong with it is said before anything is sent
-        spoken = dialects.detect(url) if api == "auto" else api
+        spoken = dialects.detect(url, key) if api == "auto" else api
         if prepare:
-            _prepare(url, spoken, chosen, base)
+            _prepare(url, key, spoken, chosen, base)
         used = [one for one in names.split(",") if one] or [one.name for one in adapters.of(chosen)]
         if len(used) < chosen.adapters:
             raise _failed(f"--names has {len(used)} names, the workload {chosen.adapters} adapters", 2)
-        target = Target(url, spoken, dialects.connect(url, spoken, used), timeout)
+        target = Target(url, spoken, dialects.connect(url, spoken, used, key), timeout, key)
         report, traces = measure(target, chosen, command=_command(), baseline=baseline, progress=bar)
     _write(report, json_file, markdown, render(report))
     if plot is not None:
@@ -82,19 +87,20 @@ def prepare(
     folder: Annotated[
         Path | None, typer.Option(help="Write the adapters here instead of uploading them, for another server.")
     ] = None,
+    key: Key = None,
 ) -> None:
     """Makes the random adapters of a workload and uploads those that the server lacks."""
-    chosen = _load(workload, {})
+    chosen, key = _load(workload, {}), _checked(key)
     with _faults(url):
         if folder is not None:
             from loadtest import adapters
 
             typer.echo(f"{len(adapters.write(adapters.of(chosen), _base(base), folder))} adapters in {folder}")
             return
-        typer.echo(f"{_prepare(_address(url), 'onebase', chosen, base)} adapters uploaded")
+        typer.echo(f"{_prepare(_address(url), key, 'onebase', chosen, base)} adapters uploaded")
 
 
-def _prepare(url: str, api: str, workload: Any, base: Path | None) -> int:
+def _prepare(url: str, key: str | None, api: str, workload: Any, base: Path | None) -> int:
     from loadtest import adapters
     from loadtest.progress import bar
 
@@ -104,7 +110,7 @@ def _prepare(url: str, api: str, workload: Any, base: Path | None) -> int:
     if not needed:
         return 0
     with bar("adapters", len(needed)) as tick:
-        return adapters.register(url, needed, _base(base), tick)
+        return adapters.register(url, needed, _base(base), tick, key)
 
 
 def _base(given: Path | None) -> Path:
@@ -172,6 +178,12 @@ def _address(url: str) -> str:
     return url.rstrip("/")
 
 
+def _checked(key: str | None) -> str | None:
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise _failed("--key: a key is printable ASCII text", 2)
+    return key
+
+
 def _need_matplotlib(plot: Path | None) -> None:
     if plot is not None and find_spec("matplotlib") is None:
         raise _failed("--plot needs matplotlib: pip install 'onebase[bench]'", 2)
@@ -196,7 +208,10 @@ def _failed(message: str, status: int = 1) -> typer.Exit:
 
 
 def _command() -> str:
-    """The command as it was given, without the directory that the program is in."""
+    """The command as it was given, without the directory that the program is in, and without the key: reports are
+    passed on."""
     program = Path(sys.argv[0])
     start = "python -m loadtest" if program.name == "__main__.py" else program.name
-    return shlex.join([*shlex.split(start), *sys.argv[1:]])
+    shown = [re.sub(r"^--key=.*", "--key=...", word, flags=re.DOTALL) for word in sys.argv[1:]]
+    shown = ["..." if before == "--key" else word for before, word in zip(["", *shown], shown, strict=False)]
+    return shlex.join([*shlex.split(start), *shown])

@@ -120,9 +120,15 @@ class Llama:
         return Piece(len(chunk.get("tokens") or ()) or int(bool(chunk["content"])))
 
 
-def detect(url: str) -> Api:
-    """Asks the server which API it speaks. Raises UnknownServer, or httpx.HTTPError when nobody answers."""
-    with httpx.Client(base_url=url, timeout=30) as http:
+def authorization(key: str | None) -> dict[str, str]:
+    """What a server that wants a key is sent with every request; nothing without one."""
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def detect(url: str, key: str | None = None) -> Api:
+    """Asks the server which API it speaks. Raises UnknownServer, also where it refuses the key, or httpx.HTTPError when
+    nobody answers."""
+    with httpx.Client(base_url=url, timeout=30, headers=authorization(key)) as http:
         if _json(http, "/adapters?limit=1").keys() >= {"data", "next"}:
             return "onebase"
         if "default_generation_settings" in _json(http, "/props"):
@@ -132,11 +138,11 @@ def detect(url: str) -> Api:
     raise UnknownServer(f"{url} answers neither GET /adapters, nor /props, nor /v1/models: say --api")
 
 
-def connect(url: str, api: Api, names: list[str]) -> Dialect:
+def connect(url: str, api: Api, names: list[str], key: str | None = None) -> Dialect:
     """The dialect for a server, with the names or numbers that its adapters have there."""
     if api == "onebase":
         return Onebase(names)
-    with httpx.Client(base_url=url, timeout=30) as http:
+    with httpx.Client(base_url=url, timeout=30, headers=authorization(key)) as http:
         if api == "openai":
             models = _json(http, "/v1/models").get("data") or [{"id": "default"}]
             bases = [model["id"] for model in models if not model.get("parent")]
@@ -150,6 +156,8 @@ def connect(url: str, api: Api, names: list[str]) -> Dialect:
 def _json(http: httpx.Client, path: str) -> dict[str, Any]:
     """The answer's object; empty where it is an error or something else."""
     response = http.get(path)
+    if response.status_code == 401:
+        raise UnknownServer(f"{http.base_url} wants a key that is valid: --key or ONEBASE_KEY")
     try:
         body = response.json() if response.is_success else {}
     except ValueError:

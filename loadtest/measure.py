@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loadtest import report, tiers
@@ -17,12 +17,13 @@ from loadtest.workload import Request, Workload, plan, streams, warm
 
 @dataclass(frozen=True)
 class Target:
-    """A server and how to speak to it."""
+    """A server, how to speak to it, and the key to it where it wants one."""
 
     url: str
     api: str
     dialect: Dialect
     timeout: float = TIMEOUT
+    key: str | None = field(default=None, repr=False)
 
 
 def measure(
@@ -63,7 +64,7 @@ def measure(
 async def _run(
     target: Target, requests: list[Request], workload: Workload, tick: Tick, at_once: int | None = None
 ) -> Run:
-    async with Client(target.url, target.dialect, target.timeout) as client:
+    async with Client(target.url, target.dialect, target.timeout, target.key) as client:
         return await run(
             client,
             requests,

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import Depends, Request, Response
+from fastapi import Depends, Request, Response, Security
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 
 from server.api.state import State, state_of
 from server.errors import Forbidden
@@ -14,6 +15,10 @@ from server.tenants.keys import Scope
 from server.tenants.tenant import Principal
 
 _READS = frozenset({"GET", "HEAD"})
+# For /openapi.json alone: nothing is refused by it.
+_SHOWN = Security(
+    HTTPBearer(scheme_name="key", description="`ob_<id>_<secret>`; not asked for where AUTH is off", auto_error=False)
+)
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -22,6 +27,10 @@ def guarded(*, read: Scope | None, write: Scope) -> type[APIRoute]:
     something, `write`. Raises Unauthorized or Forbidden."""
 
     class Guarded(APIRoute):
+        def __init__(self, path: str, endpoint: Callable[..., Any], **more: Any):
+            others = [one for one in more.pop("dependencies", None) or () if one is not _SHOWN]
+            super().__init__(path, endpoint, dependencies=[_SHOWN, *others], **more)
+
         def get_route_handler(self) -> Handler:
             handler, scope = super().get_route_handler(), read if (self.methods or set()) <= _READS else write
 

@@ -93,6 +93,14 @@ def test_the_document_shows_the_envelope_and_both_kinds_of_answer(document):
             assert "ErrorEnvelope" in str(operation["responses"]["4XX"])
 
 
+def test_the_document_says_which_operations_need_a_key(document):
+    assert document["components"]["securitySchemes"]["key"].items() >= {"type": "http", "scheme": "bearer"}.items()
+    for path, ways in document["paths"].items():
+        for operation in ways.values():
+            expected = None if path in ("/healthz", "/readyz", "/metrics") else [{"key": []}]
+            assert operation.get("security") == expected, path
+
+
 def test_no_pages_with_scripts_from_elsewhere(server):
     for path in ("/docs", "/redoc"):
         refused(server.http.get(path), 404)

@@ -94,8 +94,11 @@ def routes(router) -> list[tuple[str, str]]:
 def test_every_route_needs_a_key_before_it_reads_the_body(admin):
     found = routes(admin.server.app)
     assert {path for _, path in found} >= {"/v1/generate", "/adapters/{name}", "/v1/usage", "/admin/tenants"}
-    documented = set(admin.server.http.get("/openapi.json").json()["paths"])
+    paths = admin.server.http.get("/openapi.json").json()["paths"]
+    documented = set(paths)
     assert {path for _, path in found} == documented - OPEN
+    keyed = {(method.upper(), path) for path, ways in paths.items() for method in ways if "security" in ways[method]}
+    assert keyed == set(found), "what needs a key says so, and nothing else does"
     assert OPEN - documented == {"/openapi.json"}
     wrong = [None, "nonsense", "ob_0123456789abcdef_" + "x" * 43, admin.token[:-1] + "!", admin.token[:-2]]
     same = set()

@@ -15,6 +15,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from loadtest import commands
 from loadtest.__main__ import app
 from server.cli import app as onebase
 from tests.families import save_model
@@ -54,6 +55,32 @@ def workload(folder: Path, **more: Any) -> str:
 
 def command(program: Any, *words: object) -> Result:
     return CliRunner().invoke(program, [str(word) for word in words], env={"COLUMNS": "200", "TERM": "dumb"})
+
+
+def test_a_server_that_wants_a_key(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Server(base, tmp_path / "data", auth="on") as server:
+        key = capsys.readouterr().err.split()[-1]
+        run = ("run", "--url", server.url, "--workload", workload(tmp_path, requests=4), "--prepare", "--base", base)
+        for wrong in ((), ("--key", key[:-1]), ("--key", "ob_ä")):
+            result = command(app, *run, *wrong)
+            assert result.exit_code in (1, 2), result.output
+            assert "key" in result.stderr
+            assert "Traceback" not in result.stderr
+        result = command(app, *run, "--json", "-", "--key", key)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["requests"]["finished"] == 4
+        env = {**os.environ, "ONEBASE_KEY": key, "ONEBASE_URL": server.url}
+        words = [sys.executable, "-m", "server.cli", "bench", *run[3:5], "--json", "-"]
+        done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert json.loads(done.stdout)["requests"]["finished"] == 4, done.stderr
+
+
+@pytest.mark.parametrize("words", [["--key", "ob_secret"], ["--key=ob_secret"], ["--key", "ob_a\nsecret"]])
+def test_a_report_does_not_show_the_key(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/onebase", "bench", *words, "--workload", "smoke"])
+    assert "secret" not in commands._command()
+    assert commands._command().startswith("onebase bench --key")
+    assert commands._command().endswith("--workload smoke")
 
 
 def test_a_whole_run_with_adapters_baseline_report_and_picture(server: Server, base: Path, tmp_path: Path) -> None:
