@@ -202,7 +202,8 @@ def adapter_room(settings: Settings, base: Base) -> int:
 
 
 def preload(state: State, folder: Path) -> list[str]:
-    """Registers every adapter directory under `folder` whose name is not taken yet; returns the new names.
+    """Registers every adapter directory under `folder` whose name is not taken yet, and publishes it: the operator has
+    it there for all tenants. Returns the new names. What is registered already stays as it is, private or not.
 
     One that does not fit this base is left out with a warning.
     """
@@ -220,6 +221,10 @@ def preload(state: State, folder: Path) -> list[str]:
                 state.registry.put(name, staging)
             except (OnebaseError, OSError) as fault:
                 log.warning("adapter %s is not served: %s", name, fault)
-            else:
-                added.append(name)
+                continue
+        added.append(name)
+        try:
+            state.registry.change(name, public=True)
+        except OnebaseError as fault:
+            log.warning("adapter %s is not published: %s", name, fault)
     return added

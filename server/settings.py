@@ -67,7 +67,9 @@ class Settings(BaseSettings):
         False, description="give adapters lanes of their own where measured step times say that it pays"
     )
     max_rank: int = Field(64, ge=1, le=4096, description="largest LoRA rank an upload may have")
-    preload: Path | None = Field(None, description="directory of adapter directories, registered at start")
+    preload: Path | None = Field(
+        None, description="directory of adapter directories, registered and published at start"
+    )
     max_upload_bytes: int = Field(512 * MIB, ge=1, description="largest adapter upload")
     adapter_sources: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma list of URL prefixes that PUT {source} may read, e.g. hf://acme/,file:///srv/adapters/"

@@ -499,11 +499,14 @@ def test_a_directory_of_adapters_is_registered_at_the_start(base, adapters, tmp_
     (folder / "half" / "adapter_model.safetensors").unlink()
     with Server(base, tmp_path / "data", preload=folder) as server:
         listed = server.http.get("/adapters").json()["data"]
-        assert [(one["name"], one["version"]) for one in listed] == [("one", 1), ("two", 1)]
+        assert [(one["name"], one["version"], one["public"]) for one in listed] == [("one", 1, True), ("two", 1, True)]
         two = server.put("one", adapters[1]).json()
+        assert server.http.patch("/adapters/two", json={"public": False}).json()["public"] is False
     assert all(name in caplog.text for name in ("Bad Name", "half"))
     with Server(base, tmp_path / "data", preload=folder) as server:  # what a user has put there since stays
-        assert server.http.get("/adapters/one").json()["digest"] == two["digest"]
+        one = server.http.get("/adapters/one").json()
+        assert (one["digest"], one["public"]) == (two["digest"], True)
+        assert server.http.get("/adapters/two").json()["public"] is False
     record = next((tmp_path / "data/adapters/names/default").iterdir())
     record.write_text("{broken")
     with Server(base, tmp_path / "data", preload=folder) as server:  # nobody may get other weights under that name
