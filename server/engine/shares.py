@@ -109,14 +109,16 @@ class Shares:
         tenant.blocks -= len(sequence.blocks)
 
     def hit(self, sequence: Sequence) -> None:
-        """Charges what a sequence found in the prefix cache when it was first given room."""
+        """Charges what a sequence found in the prefix cache when it was first given room: of a request's answers, the
+        first one's, as on the bill."""
         sequence.charged = sequence.computed
-        if sequence.computed:
+        if sequence.computed and not sequence.index:
             self._charge(self.of(sequence), sequence.computed * sequence.request.submit.prices.cached, 0)
 
     def charge(self, sequence: Sequence, count: int) -> None:
         """Charges the next `count` tokens, which a step is about to compute, and the one that may be chosen after them.
-        What is computed again after a preemption was charged the first time."""
+        What is computed again after a preemption was charged the first time; a prompt is charged once a request, as on
+        the bill."""
         submit = sequence.request.submit
         end = sequence.computed + count
         price, tokens = (submit.prices.completion, 1) if end == len(sequence.tokens) else (0.0, 0)
@@ -124,7 +126,7 @@ class Shares:
         if sequence.charged < length:
             new = min(end, length) - max(sequence.charged, sequence.computed)
             if new > 0:
-                price += new * submit.prices.prompt
+                price += 0.0 if sequence.index else new * submit.prices.prompt
                 tokens += new
                 sequence.charged = min(end, length)
         self._charge(self._tenants[submit.tenant], price, tokens)

@@ -46,6 +46,7 @@ class FakeSequence:
     published: int = 0
     charged: int = 0
     preempted: int = 0
+    index: int = 0
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

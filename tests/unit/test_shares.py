@@ -72,6 +72,28 @@ def test_prompts_outputs_and_known_beginnings_have_their_prices() -> None:
     assert served(scheduler)["b"] == pytest.approx(8 * 0.1 + 2 * 1.0 + 2.0)
 
 
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_a_prompt_is_charged_once_a_request(prefix_cache: bool) -> None:
+    scheduler = scheduler_of(prefix_cache=prefix_cache, blocks=200)
+    prices = Prices()
+
+    def ask(order: int, tenant: str, count: int) -> None:
+        """A request of 20 known tokens for several answers of three tokens each."""
+        answers = [row(order + index, 20, tenant, end=23) for index in range(count)]
+        for index, one in enumerate(answers):
+            one.index, one.request, one.tokens[:] = index, answers[0].request, range(20)
+            scheduler.add(one)
+        while scheduler.running or scheduler.waiting:
+            step(scheduler)
+
+    ask(0, "a", 1)
+    ask(10, "b", 5)
+    known = 16 if prefix_cache else 0  # whole blocks that another request has left, without the last token
+    one, five = served(scheduler).values()
+    assert one == pytest.approx(20 * prices.prompt + 3 * prices.completion)
+    assert five == pytest.approx(known * prices.cached + (20 - known) * prices.prompt + 15 * prices.completion)
+
+
 def test_a_merged_lanes_tokens_are_its_tenants_as_well() -> None:
     scheduler = scheduler_of()
     for order, (tenant, lane) in enumerate([("a", SHARED), ("b", "b#1"), ("b", SHARED)]):
