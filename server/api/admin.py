@@ -18,9 +18,10 @@ from server.tenants.tenant import Principal, Tenant
 router = APIRouter(prefix="/admin", route_class=guarded(read=Scope.ADMIN, write=Scope.ADMIN))
 OneState = Annotated[State, Depends(state_of)]
 TenantName = Annotated[str, Path(max_length=64)]
-KeyName = Annotated[str, Path(max_length=64)]
+_PLAIN = r"^[\x21-\x7e]*$"  # what goes to the database: PostgreSQL takes no NUL in a text
+KeyName = Annotated[str, Path(max_length=64, pattern=_PLAIN)]
 Limit = Annotated[int, Query(ge=1, le=1000)]
-After = Annotated[str, Query(max_length=64)]
+After = Annotated[str, Query(max_length=64, pattern=_PLAIN)]
 
 
 @router.post("/tenants", status_code=201, response_model=TenantInfo)

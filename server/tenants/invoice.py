@@ -21,7 +21,7 @@ from server.tenants.usage import DAY_MS
 
 TOKEN_KINDS = ("prompt", "cached", "completion")
 _ORDER = {kind: place for place, kind in enumerate((*TOKEN_KINDS, *KINDS))}
-_MONTH = re.compile(r"(19[7-9]\d|[2-9]\d{3})-(0[1-9]|1[0-2])")
+_MONTH = re.compile(r"(19[7-9]\d|[2-9]\d{3})-(0[1-9]|1[0-2])", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

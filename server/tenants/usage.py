@@ -28,6 +28,7 @@ _CURSOR = "adapter:"  # so that the base's cursor is not empty
 _ADAPTER = func.coalesce(usage.c.adapter, _BASE)
 _DAY = usage.c.created_ms // DAY_MS
 _EPOCH_DAY = re.compile(r"\d{1,8}", re.ASCII)
+_NAME = re.compile(rf"{_CURSOR}([a-z0-9._-]{{0,64}})")
 _REQUEST = re.compile(r"(\d{1,18}):([\x21-\x7e]{1,128})", re.ASCII)
 
 
@@ -106,10 +107,10 @@ def _by_adapter(mine: ColumnElement[bool], after: str | None) -> _Shape:
     """The base is the first; its `adapter` is null."""
     query = select(_ADAPTER.label("name"), *_SUMS).where(mine).group_by("name").order_by("name")
     if after is not None:
-        name = after.removeprefix(_CURSOR)
-        if name == after:
+        match = _NAME.fullmatch(after)
+        if match is None:
             raise _no_such(after)
-        query = query.where(_ADAPTER.op(">")(name))
+        query = query.where(_ADAPTER.op(">")(match[1]))
     return query, lambda row: {"adapter": row.name or None} | _sums(row), lambda row: f"{_CURSOR}{row.name}"
 
 
