@@ -12,6 +12,7 @@ import pytest
 
 from tests.families import ATTENTION, save_adapter
 from tests.serving import Gate, Server, chat_base, ids_of
+from tests.tenancy import Admin, administered
 
 _seeds = itertools.count(1000)
 
@@ -54,6 +55,13 @@ def server(base, adapters, options, tmp_path_factory) -> Iterator[Server]:
     with Server(base, tmp_path_factory.mktemp("data"), **options) as server:
         assert server.put("a", adapters[0]).status_code == 201
         yield server
+
+
+@pytest.fixture(scope="module")
+def admin(base, tmp_path_factory) -> Iterator[Admin]:
+    """The admin of a server of the module's own, with AUTH on."""
+    with administered(base, tmp_path_factory.mktemp("data")) as admin:
+        yield admin
 
 
 @pytest.fixture
