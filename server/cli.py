@@ -12,12 +12,14 @@ from loadtest import commands
 from server.commands import bill
 from server.commands.adapters import adapters
 from server.commands.client import settings_of
+from server.commands.prices import prices
 from server.commands.tenants import tenants
 from server.settings import Settings
 
 app = typer.Typer(help="One frozen base model, shared by many LoRA adapters.", no_args_is_help=True)
 app.add_typer(adapters, name="adapters")
 app.add_typer(tenants, name="tenants")
+app.add_typer(prices, name="prices")
 
 
 def _serve(print_config: bool = False, **flags: Any) -> None:

@@ -57,7 +57,8 @@ def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _classes(text: str) -> list[list[int]]:
+def rank_classes(text: str) -> list[list[int]]:
+    """`16:1000,256:2000` as JSON has it. Raises typer.BadParameter."""
     return [[_number(part) for part in pair.split(":")] for pair in _list(text)]
 
 
@@ -81,7 +82,7 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "completion": ("prices", _number, f"a million completion tokens: {_PRICE}"),
     "adapter_gb_day": ("prices", _number, f"a GB stored for a day: {_PRICE}"),
     "merged_gb_hour": ("prices", _number, f"a GB merged for an hour: {_PRICE}"),
-    "rank_classes": ("prices", _classes, "comma list of rank:thousandths, as 16:1000,256:2000"),
+    "rank_classes": ("prices", rank_classes, "comma list of rank:thousandths, as 16:1000,256:2000"),
 }
 
 

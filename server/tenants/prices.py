@@ -138,14 +138,17 @@ def _read(values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+# An example, to be replaced by the operator's own: of the order that a model of some billion parameters is sold at.
+# A completion token is twice a prompt's, near enough to what it takes of a step, which the fair share needs. The ranks'
+# multipliers are how measured steps grow with the rank (docs/performance.md), beyond 64 drawn out.
 DEFAULT_BOOK = PriceBook(
     version=1,
-    prompt=200_000,  # completion at twice that: near enough to what a token takes of a step, which the fair share needs
-    cached=20_000,
-    completion=400_000,
-    adapter_gb_day=20_000,
+    prompt=100_000,
+    cached=10_000,
+    completion=200_000,
+    adapter_gb_day=5_000,
     merged_gb_hour=50_000,
-    rank_classes=((16, 1000), (32, 1100), (64, 1200), (128, 1500), (256, 2000)),
+    rank_classes=((16, 1000), (32, 1100), (64, 1400), (128, 1900), (256, 3000)),
 )
 
 

@@ -93,6 +93,35 @@ def test_keys_are_made_listed_and_revoked(admin):
     assert "401" in run("adapters", "list", env=own.env).stderr
 
 
+def test_the_price_book_is_shown_and_changed(admin, acme):
+    before = admin("prices", "show", "--json")
+    shown = admin("prices", "show")
+    assert "a million completion tokens" in shown
+    assert str(before["completion"]) in shown
+    assert "16:1000" in shown
+    first = generate(admin)
+    dear = ("--prompt", 10**9, "--completion", 2 * 10**9, "--rank-classes", "8:1000,64:2500")
+    changed = admin("prices", "set", *dear, "--json")
+    named = {"prompt": 10**9, "completion": 2 * 10**9, "rank_classes": [[8, 1000], [64, 2500]]}
+    assert changed == before | named | {"version": before["version"] + 1}
+    assert admin("prices", "show", "--json") == changed
+    assert generate(admin) > 100 * first
+    back = ("--prompt", before["prompt"], "--completion", before["completion"])
+    assert f"version {before['version'] + 2}" in admin("prices", "set", *back, "--rank-classes", "16:1000")
+    for wrong, status, why in (
+        ((), 2, "name what is to change"),
+        (("--cached", before["prompt"] + 1), 1, "must not cost more"),
+        (("--rank-classes", "16:1000,8:1"), 1, "ascending"),
+        (("--rank-classes", "16"), 1, "rank_classes"),
+        (("--rank-classes", "16:x"), 2, "whole number"),
+        (("--prompt", -1), 2, "prompt"),
+    ):
+        result = run("prices", "set", *wrong, env=admin.env)
+        assert (result.exit_code, result.stdout) == (status, ""), wrong
+        assert why in result.stderr
+    assert "403" in run("prices", "show", env=acme.env).stderr
+
+
 def test_usage_and_invoice(admin, acme, base, tmp_path):
     folder = save_adapter(base, tmp_path / "a", seed=1, r=4, lora_alpha=8, target_modules=["q_proj"])
     acme("adapters", "push", "mine", folder)

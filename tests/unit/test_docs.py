@@ -81,7 +81,8 @@ def test_commands_are_found() -> None:
 @pytest.mark.parametrize("command", _commands())
 def test_commands_and_their_flags_exist(command: str) -> None:
     words = shlex.split(command)[1:]
-    named = words[: 3 if words[:2] == ["tenants", "keys"] else 2 if words[0] in ("adapters", "tenants") else 1]
+    groups = ("adapters", "tenants", "prices")
+    named = words[: 3 if words[:2] == ["tenants", "keys"] else 2 if words[0] in groups else 1]
     run = [sys.executable, "-m", "server.cli", *named, "--help"]
     result = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=60, env={"COLUMNS": "300"})
     assert result.returncode == 0, result.stdout + result.stderr
