@@ -118,7 +118,11 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
     store = Store(settings.data_dir / "adapters")
     registry = Registry(store, base.info, max_rank=settings.max_rank, dtype=base.dtype)
     cache = AdapterCache(registry.load, settings.ram_cache_bytes, order(settings.eviction))
-    client = EngineClient(max_requests=settings.max_queue_requests, max_tokens=settings.max_queue_tokens)
+    client = EngineClient(
+        max_requests=settings.max_queue_requests,
+        max_tokens=settings.max_queue_tokens,
+        shared=settings.auth == "on",  # else all is one tenant's
+    )
     blocks = kv_tokens(settings, base) // BLOCK_SIZE
     pool = BlockPool(blocks, BLOCK_SIZE)
     longest = min(base.max_context, blocks * BLOCK_SIZE, settings.max_context or base.max_context)

@@ -107,6 +107,12 @@ class RateLimited(OnebaseError):
     status, type, code = 429, "rate_limit_error", "rate_limited"
 
 
+class QueueShare(RateLimited):
+    """The tenant has its part of the server's queue, of which the rest is for others (429, with `Retry-After`)."""
+
+    code = "queue_share"
+
+
 class Overloaded(OnebaseError):
     """The server's own limit is reached, or it is draining (503, with `Retry-After`)."""
 

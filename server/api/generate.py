@@ -24,7 +24,7 @@ from server.api.schemas import GenerateRequest, GenerateResponse
 from server.api.state import Activity, State, state_of
 from server.engine.client import Stream
 from server.engine.messages import Delta, Done, Prices, Sampling, Submit
-from server.errors import EngineFailure, InvalidRequest, OnebaseError
+from server.errors import EngineFailure, InvalidRequest, OnebaseError, QueueShare
 from server.registry.holds import Lease
 from server.tenants.accounts import Entry
 from server.tenants.keys import Scope
@@ -119,11 +119,13 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
         submit = _submit(body, request_id, prompt, lease, caller, entry)
         ending = _Ending(entry, lease)
         stream = state.client.submit(submit, ending)
-    except BaseException:
+    except BaseException as fault:
         if entry is not None:
             entry.refuse()
         if lease is not None:
             lease.release()
+        if isinstance(fault, QueueShare):
+            state.accounts.admission.refused_by(fault, caller.tenant)
         raise
     entry.runs(lambda: (stream.cached, stream.made))
     if lease is not None:
@@ -138,10 +140,10 @@ async def _read(body: GenerateRequest, caller: Principal, state: State) -> tuple
         prompt = await state.reads.run(caller.tenant.id, read)
     else:
         prompt = read()
-    most = (len(prompt) + body.max_tokens) * body.n
-    if most > state.client.max_tokens:  # waiting would not help
+    most, taken = (len(prompt) + body.max_tokens) * body.n, state.client.bounds.max_amount
+    if most > taken:  # waiting would not help
         raise InvalidRequest(
-            f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {state.client.max_tokens}",
+            f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {taken}",
             param="n" if body.n > 1 else "max_tokens",
         )
     return prompt

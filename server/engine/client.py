@@ -11,6 +11,7 @@ from dataclasses import replace
 from time import monotonic
 
 from server.core import AdapterRef
+from server.engine.bounds import Bounds
 from server.engine.engine import Engine
 from server.engine.messages import (
     CopyFigures,
@@ -56,11 +57,11 @@ class Stream:
 
 
 class EngineClient:
-    """Used from one event loop. `max_requests` and `max_tokens` bound what is open, or ended and not yet read."""
+    """Used from one event loop. `max_requests` and `max_tokens` bound what is open, or ended and not yet read; where
+    they are `shared`, one tenant cannot fill them."""
 
-    def __init__(self, *, max_requests: int, max_tokens: int):
-        self.max_requests, self.max_tokens = max_requests, max_tokens
-        self.open_tokens = 0
+    def __init__(self, *, max_requests: int, max_tokens: int, shared: bool = False):
+        self.bounds = Bounds(max_requests, max_tokens, "tokens", shared=shared)
         self.draining = False
         self._streams: dict[str, Stream] = {}
         self._counted: set[str] = set()  # requests that have a share of the bounds
@@ -80,6 +81,11 @@ class EngineClient:
     def open_requests(self) -> int:
         """Requests without their Done."""
         return len(self._streams)
+
+    @property
+    def open_tokens(self) -> int:
+        """Prompt + max_tokens of all that counts against the bounds."""
+        return self.bounds.amount
 
     @property
     def changing(self) -> bool:
@@ -113,24 +119,25 @@ class EngineClient:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self.loop.call_soon_threadsafe(self._dispatch, events)
 
+    def check(self, tenant: str, weight: float, tokens: int) -> None:
+        """Whether a request of so many tokens would be taken now. Raises as `submit` does, and changes nothing."""
+        if not self.ready:
+            raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
+        self.bounds.check(tenant, weight, tokens)
+
     def submit(self, submit: Submit, on_done: OnDone) -> Stream:
         """Hands a request to the engine. `on_done` is called once, whether or not anybody still reads the stream; the
         reader gets the Done when the future that it returns is done, or one with the future's fault.
         Whoever reads the stream says so with `leave` when that ends, however it ends.
 
-        Raises Overloaded when the queue is full or the server is draining; then `on_done` is not called.
+        Raises Overloaded when the queue is full or the server is draining, QueueShare when the tenant has its part
+        of the queue; then `on_done` is not called.
         """
-        worst = self._worst(submit)
-        if not self.ready:
-            raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
-        if len(self._counted) >= self.max_requests:
-            raise Overloaded(f"the queue is full ({self.max_requests} requests)", code="queue_full", retry_after=1)
-        if self.open_tokens + worst > self.max_tokens:
-            raise Overloaded(f"the queue is full ({self.max_tokens} tokens)", code="queue_full", retry_after=1)
+        self.check(submit.tenant, submit.weight, submit.worst)
+        self.bounds.take(submit.tenant, submit.weight, submit.worst)
         stream = Stream(submit, on_done)
         self._streams[submit.id] = stream
         self._counted.add(submit.id)
-        self.open_tokens += worst
         self._idle.clear()
         assert self._engine is not None
         self._engine.submit(submit)
@@ -250,11 +257,7 @@ class EngineClient:
         submit = stream.submit
         if stream.left and submit.id not in self._streams and submit.id in self._counted:
             self._counted.remove(submit.id)
-            self.open_tokens -= self._worst(submit)
-
-    @staticmethod
-    def _worst(submit: Submit) -> int:
-        return (len(submit.prompt) + submit.sampling.max_tokens) * submit.n
+            self.bounds.give_back(submit.tenant, submit.worst)
 
 
 def _fault(future: asyncio.Future[None]) -> BaseException | None:

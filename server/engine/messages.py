@@ -66,6 +66,11 @@ class Submit:
         if not 0 < self.weight < inf:
             raise ValueError(f"a tenant's weight must be finite and above zero, not {self.weight}")
 
+    @property
+    def worst(self) -> int:
+        """Tokens that it may come to, all its sequences together."""
+        return (len(self.prompt) + self.sampling.max_tokens) * self.n
+
 
 @dataclass(frozen=True, slots=True)
 class Cancel:

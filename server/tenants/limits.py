@@ -157,6 +157,11 @@ class Admission:
             reservation._ends[kind] = self._windows.get_expiry(item.key_for(tenant.id, kind))
         return reservation
 
+    def refused_by(self, fault: RateLimited, tenant: Tenant) -> None:
+        """A limit of the tenant's that is kept elsewhere has refused it: counts that, and adds the headers."""
+        self.refused[fault.code] += 1
+        fault.headers |= self.headers(tenant)
+
     def headers(self, tenant: Tenant) -> dict[str, str]:
         """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` of the limits a minute that the tenant has."""
         now, headers = self._clock(), {}

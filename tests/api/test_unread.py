@@ -103,7 +103,7 @@ def full(server: Server) -> bool:
 @pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 @pytest.mark.parametrize(("stream", "takes"), PLACES)
 def test_an_unread_answer_counts_until_its_reader_ends(server, monkeypatch, stream, takes, end):
-    monkeypatch.setattr(server.state.client, "max_requests", 1)
+    monkeypatch.setattr(server.state.client.bounds, "max_requests", 1)
     reader = Reader(server, takes, stream=stream).wait_unread(server)
     assert full(server)
     assert server.state.client.open_tokens == WORST
@@ -117,7 +117,7 @@ def test_an_unread_answer_counts_until_its_reader_ends(server, monkeypatch, stre
 
 
 def test_unread_answers_count_against_the_bound_of_tokens(server, monkeypatch):
-    monkeypatch.setattr(server.state.client, "max_tokens", 2 * WORST)
+    monkeypatch.setattr(server.state.client.bounds, "max_amount", 2 * WORST)
     readers = [Reader(server, 1, stream=True).wait_unread(server) for _ in range(2)]
     assert full(server)
     refusal = Reader(server, 9, stream=True)
@@ -131,22 +131,22 @@ def test_unread_answers_count_against_the_bound_of_tokens(server, monkeypatch):
 
 
 def test_a_share_comes_back_once_however_often_its_reader_ends(server, monkeypatch):
-    monkeypatch.setattr(server.state.client, "max_requests", 1)
+    monkeypatch.setattr(server.state.client.bounds, "max_requests", 1)
     kept = Reader(server, 1, stream=True).wait_unread(server)
-    monkeypatch.setattr(server.state.client, "max_requests", 2)
+    monkeypatch.setattr(server.state.client.bounds, "max_requests", 2)
     other = Reader(server, 2, stream=True).wait_unread(server)
     for end in (Reader.read_on, Reader.go, Reader.be_cancelled):
         end(other)
     other.wait_served()
     assert server.state.client.open_tokens == WORST
-    monkeypatch.setattr(server.state.client, "max_requests", 1)
+    monkeypatch.setattr(server.state.client.bounds, "max_requests", 1)
     assert full(server)
     kept.go()
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_reader_that_goes_first_counts_until_the_request_has_ended(server, gate, monkeypatch, stream):
-    monkeypatch.setattr(server.state.client, "max_requests", 1)
+    monkeypatch.setattr(server.state.client.bounds, "max_requests", 1)
     reader = Reader(server, 0, stream=stream)
     until(lambda: gate.entered == 1)
     reader.be_cancelled()
