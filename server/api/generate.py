@@ -101,12 +101,13 @@ def _whole(answer: Answer) -> bytes:
 
 
 async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple[Stream, Answer]:
-    """Resolves the adapter, reads the prompt, books the request and queues it. The lease ends with the request, once,
-    and so does its entry in the accounts."""
+    """Resolves the adapter, reads the prompt if its tenant could have an answer, books the request and queues it. The
+    lease ends with the request, once, and so does its entry in the accounts."""
+    prompts.check(body, state.base, state.max_context)
     lease = state.registry.acquire(body.adapter, caller.tenant.id) if body.adapter is not None else None
     entry: Entry | None = None
     try:
-        prompt = await _read(body, caller, state)
+        prompt = await _read(body, caller, state, lease)
         request_id = f"gen-{secrets.token_hex(12)}"
         entry = state.accounts.admit(
             caller,
@@ -133,20 +134,36 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
     return stream, Answer(submit, state.base, state.names, int(time.time()), entry.rates)
 
 
-async def _read(body: GenerateRequest, caller: Principal, state: State) -> tuple[int, ...]:
-    """The prompt's tokens."""
+async def _read(body: GenerateRequest, caller: Principal, state: State, lease: Lease | None) -> tuple[int, ...]:
+    """The prompt's tokens, if the request could be taken now: reading costs more than refusing."""
     read = partial(prompts.encode, body, state.base, state.max_context)
-    if prompts.size(body) > prompts.LONG:
-        prompt = await state.reads.run(caller.tenant.id, read)
+    size, tenant = prompts.size(body), caller.tenant
+    _check(body, caller, state, lease)
+    if size > prompts.LONG:
+        async with state.reads.turn(tenant.id, tenant.weight, size):
+            _check(body, caller, state, lease)  # it may have waited for long
+            prompt = await anyio.to_thread.run_sync(read)
     else:
         prompt = read()
-    most, taken = (len(prompt) + body.max_tokens) * body.n, state.client.bounds.max_amount
+    _fits(body, len(prompt), state)
+    return prompt
+
+
+def _check(body: GenerateRequest, caller: Principal, state: State, lease: Lease | None) -> None:
+    """Raises what the request would be refused with, were its prompt a single token; books nothing."""
+    _fits(body, 1, state)
+    adapter, batch = lease.ref if lease else None, body.priority == "batch"
+    state.client.check(caller.tenant.id, caller.tenant.weight, (1 + body.max_tokens) * body.n)
+    state.accounts.check(caller, 1 + body.max_tokens * body.n, adapter, batch=batch)
+
+
+def _fits(body: GenerateRequest, prompt: int, state: State) -> None:
+    most, taken = (prompt + body.max_tokens) * body.n, state.client.bounds.max_amount
     if most > taken:  # waiting would not help
         raise InvalidRequest(
             f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {taken}",
             param="n" if body.n > 1 else "max_tokens",
         )
-    return prompt
 
 
 def _submit(

@@ -21,17 +21,21 @@ def size(body: GenerateRequest) -> int:
     return len(body.prompt or ())
 
 
-def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ...]:
-    """The prompt's token ids. Raises InvalidRequest naming the field at fault."""
+def check(body: GenerateRequest, base: Base, max_context: int) -> None:
+    """What can be said before the prompt is read. Raises InvalidRequest naming the field at fault."""
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give exactly one of 'prompt' and 'messages'", param="prompt")
-    param = "messages" if body.messages is not None else "prompt"
     if not isinstance(body.prompt, list) and size(body) > max_context * base.longest_token:
         raise InvalidRequest(  # tokenising it would cost gigabytes and end in the same answer
             f"{size(body)} characters are more than a context of {max_context} tokens can hold",
-            param=param,
+            param=_param(body),
             code="context_length_exceeded",
         )
+
+
+def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ...]:
+    """The token ids of a prompt that `check` has passed. Raises InvalidRequest naming the field at fault."""
+    param = _param(body)
     if isinstance(body.prompt, list):
         bad = next((i for i in body.prompt if not 0 <= i < base.vocab_size), None)
         if bad is not None:
@@ -50,6 +54,10 @@ def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ..
             code="context_length_exceeded",
         )
     return tuple(ids)
+
+
+def _param(body: GenerateRequest) -> str:
+    return "messages" if body.messages is not None else "prompt"
 
 
 def _ids(tokenizer: Any, text: str, param: str, *, special: bool) -> list[int]:

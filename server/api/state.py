@@ -10,6 +10,7 @@ import anyio
 from fastapi import Request
 
 from server.api.parts import Lines, Places
+from server.api.reads import Reads
 from server.api.render import TokenNames
 from server.core import AdapterRef
 from server.engine.client import EngineClient
@@ -20,7 +21,6 @@ from server.registry.store import Store
 from server.settings import Settings
 from server.tenants.accounts import Accounts
 
-READS_AT_ONCE = 1  # a long prompt takes hundreds of megabytes while it is read
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
 CHANGES_AT_ONCE = (
     32  # of names; each may wait for the one thread that makes copies, for the disk, or for the one before
@@ -42,9 +42,9 @@ class Activity:
 @dataclass
 class State:
     """Everything an endpoint may reach. `accounts` are there while the server runs; `activity` is by (owner, name);
-    `reads` bounds how many long prompts are read at once, `uploads` how many uploads are under way, `fetches` the
-    threads that fetch some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how
-    many pages of usage are made.
+    `reads` has the turns at long prompts; `uploads` bounds how many uploads are under way, `fetches` the threads that fetch
+    some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how many pages of usage
+    are made.
     """
 
     settings: Settings
@@ -55,13 +55,16 @@ class State:
     client: EngineClient
     max_context: int
     accounts: Accounts = field(init=False)
+    reads: Reads = field(init=False)
     activity: dict[tuple[str, str], Activity] = field(default_factory=dict)
     checks: Lines = field(default_factory=lambda: Lines(CHECKS_AT_ONCE, CHECKS_AT_ONCE // 2))
     changes: Lines = field(default_factory=lambda: Lines(CHANGES_AT_ONCE, CHANGES_OF_ONE))
     pages: Lines = field(default_factory=lambda: Lines(PAGES_AT_ONCE, PAGES_AT_ONCE // 2))
-    reads: Lines = field(default_factory=lambda: Lines(READS_AT_ONCE, READS_AT_ONCE))
     uploads: Places = field(default_factory=lambda: Places(UPLOADS_AT_ONCE))
     fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(UPLOADS_AT_ONCE))
+
+    def __post_init__(self) -> None:
+        self.reads = Reads(self.settings.max_queue_requests, shared=self.settings.auth == "on")
 
     @cached_property
     def names(self) -> TokenNames:

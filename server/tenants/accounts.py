@@ -175,6 +175,11 @@ class Accounts:
         found = await usage.spent(self.database, tenant.id, since)
         self.admission.load(tenant, found + max(0, self.admission.spent(tenant) - before))
 
+    def check(self, who: Principal, tokens: int, adapter: AdapterRef | None, *, batch: bool) -> None:
+        """Raises as `admit` does for a request of `tokens` at least, prompt and completion; books nothing."""
+        self._check(who.tenant, batch=batch)
+        self.admission.check(who.tenant, tokens, adapter.name if adapter else None)
+
     def admit(
         self, who: Principal, request_id: str, prompt: int, most: int, adapter: AdapterRef | None, *, batch: bool
     ) -> Entry:
@@ -183,10 +188,7 @@ class Accounts:
         Raises LedgerUnavailable, Forbidden (an adapter or a class that the tenant may not use), RateLimited.
         """
         tenant = who.tenant
-        self.ledger.check()
-        kind = "batch" if batch else "interactive"
-        if kind not in tenant.classes:
-            raise Forbidden(f"this tenant may not use the priority {kind}", param="priority", code="class_not_allowed")
+        self._check(tenant, batch=batch)
         book, rank = self.book_of(tenant.id), adapter.rank if adapter else 0
         rates = book.rates(rank)
         reservation = self.admission.reserve(
@@ -211,6 +213,12 @@ class Accounts:
             prompt=prompt,
         )
         return Entry(self, record, reservation)
+
+    def _check(self, tenant: Tenant, *, batch: bool) -> None:
+        self.ledger.check()
+        kind = "batch" if batch else "interactive"
+        if kind not in tenant.classes:
+            raise Forbidden(f"this tenant may not use the priority {kind}", param="priority", code="class_not_allowed")
 
     def entered(self, request_id: str, entry: Entry) -> None:
         """An entry runs."""

@@ -129,33 +129,22 @@ class Admission:
         Raises `Forbidden` for an adapter that is not among the allowed, `InvalidRequest` for more tokens than fit a
         whole minute, `RateLimited` for the rest. What is refused uses nothing up.
         """
-        limits, now = tenant.limits, self._clock()
-        if limits.allowed_adapters is not None and adapter is not None and adapter not in limits.allowed_adapters:
-            raise Forbidden("this adapter is not among those that the tenant may use", code="adapter_not_allowed")
-        if limits.tpm_limit is not None and tokens > limits.tpm_limit:
-            raise InvalidRequest(
-                f"prompt and max_tokens are {tokens} tokens; the limit is {limits.tpm_limit} a minute",
-                param="max_tokens",
-                code="tokens_exceed_limit",
-            )
-        now_ms = int(now * 1000)
-        account = self._account(tenant, now_ms)
-        if limits.max_parallel_requests is not None and account.running >= limits.max_parallel_requests:
-            raise self._refusal(tenant, "too many requests of this tenant run at once", "parallel_limit", 1)
-        used = {"requests": 1, "tokens": tokens}
-        for kind, item in self._items(limits).items():
-            if not self._rates.test(item, tenant.id, kind, cost=used[kind]):
-                wait = math.ceil(self._rates.get_window_stats(item, tenant.id, kind).reset_time - now)
-                raise self._refusal(tenant, f"the limit of {item.amount} {kind} a minute", f"{kind}_limit", wait)
+        now = self._clock()
+        account, now_ms = self._open(tenant, tokens, adapter, now), int(now * 1000)
         held = self._hold(tenant, account, worst_cost, least_cost, now_ms)
         reservation = Reservation(self, tenant, tokens, held, worst_cost, now_ms)
         reservation._turn = account.turn
         account.running += 1
         account.held += held
-        for kind, item in self._items(limits).items():
-            self._rates.hit(item, tenant.id, kind, cost=used[kind])
+        for kind, item in self._items(tenant.limits).items():
+            self._rates.hit(item, tenant.id, kind, cost=tokens if kind == "tokens" else 1)
             reservation._ends[kind] = self._windows.get_expiry(item.key_for(tenant.id, kind))
         return reservation
+
+    def check(self, tenant: Tenant, tokens: int, adapter: str | None = None) -> None:
+        """Raises as `reserve` does for a request of `tokens` at least; uses nothing up."""
+        now = self._clock()
+        self._hold(tenant, self._open(tenant, tokens, adapter, now), 1, 1, int(now * 1000))
 
     def refused_by(self, fault: RateLimited, tenant: Tenant) -> None:
         """A limit of the tenant's that is kept elsewhere has refused it: counts that, and adds the headers."""
@@ -192,6 +181,27 @@ class Admission:
         """Set what the tenant has spent in its present `budget_window`, micro-dollars: at the start, and after its
         `budget_duration` was changed. It is of requests that have ended; those that run are held back."""
         self._account(tenant, int(self._clock() * 1000)).spent = spent
+
+    def _open(self, tenant: Tenant, tokens: int, adapter: str | None, now: float) -> _Account:
+        """The tenant's account, if all its limits but the budget allow such a request."""
+        limits = tenant.limits
+        if limits.allowed_adapters is not None and adapter is not None and adapter not in limits.allowed_adapters:
+            raise Forbidden("this adapter is not among those that the tenant may use", code="adapter_not_allowed")
+        if limits.tpm_limit is not None and tokens > limits.tpm_limit:
+            raise InvalidRequest(
+                f"prompt and max_tokens are {tokens} tokens; the limit is {limits.tpm_limit} a minute",
+                param="max_tokens",
+                code="tokens_exceed_limit",
+            )
+        account = self._account(tenant, int(now * 1000))
+        if limits.max_parallel_requests is not None and account.running >= limits.max_parallel_requests:
+            raise self._refusal(tenant, "too many requests of this tenant run at once", "parallel_limit", 1)
+        used = {"requests": 1, "tokens": tokens}
+        for kind, item in self._items(limits).items():
+            if not self._rates.test(item, tenant.id, kind, cost=used[kind]):
+                wait = math.ceil(self._rates.get_window_stats(item, tenant.id, kind).reset_time - now)
+                raise self._refusal(tenant, f"the limit of {item.amount} {kind} a minute", f"{kind}_limit", wait)
+        return account
 
     def _account(self, tenant: Tenant, now_ms: int) -> _Account:
         window = budget_window(tenant.limits, now_ms)
