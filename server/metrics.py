@@ -67,7 +67,7 @@ class EngineCollector(Collector):
         yield CounterMetricFamily(
             "onebase_num_preemptions", "Sequences computed again for want of blocks.", s.preemptions
         )
-        yield CounterMetricFamily("onebase_prompt_tokens", "Prompt tokens of ended requests.", s.prompt_tokens)
+        yield CounterMetricFamily("onebase_prompt_tokens", "Prompt tokens read for ended requests.", s.prompt_tokens)
         yield CounterMetricFamily("onebase_cached_tokens", "Of these, found in the prefix cache.", s.cached_tokens)
         yield CounterMetricFamily("onebase_generation_tokens", "Tokens generated.", s.generated_tokens)
         yield CounterMetricFamily("onebase_engine_steps", "Steps of the engine.", s.steps)

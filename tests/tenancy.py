@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,3 +84,10 @@ def administered(base: Path, data_dir: Path, **settings: Any) -> Iterator[Admin]
         for client in admin.clients:
             client.close()
         server.__exit__()
+
+
+def invoice(account: Account, **query: Any) -> dict[str, Any]:
+    """The tenant's bill of this month."""
+    month = time.strftime("%Y-%m", time.gmtime())
+    bill: dict[str, Any] = account.http.get(f"/v1/invoices/{month}", params=query).json()
+    return bill

@@ -66,14 +66,14 @@ class Answer:
         return json.dumps(body, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
     def _usage(self, done: Done) -> dict[str, int]:
-        """The counts of a finished request, and what it costs."""
+        """The counts of a request that did not fail, and what it costs."""
         prompt, cached, made = done.prompt_tokens, done.cached_tokens, done.completion_tokens
         return {
             "prompt_tokens": prompt,
             "cached_tokens": cached,
             "completion_tokens": made,
             "total_tokens": prompt + made,
-            "cost_microusd": self._rates.charge(prompt, cached, made).total if made else 0,
+            "cost_microusd": self._rates.charge(prompt, cached, made).total,
         }
 
     def _of(self, index: int) -> list[Delta]:

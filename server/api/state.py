@@ -42,9 +42,9 @@ class Activity:
 @dataclass
 class State:
     """Everything an endpoint may reach. `accounts` are there while the server runs; `activity` is by (owner, name);
-    `reads` has the turns at long prompts; `uploads` bounds how many uploads are under way, `fetches` the threads that fetch
-    some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how many pages of usage
-    are made.
+    `reads` has the turns at long prompts; `uploads` bounds how many uploads are under way, `fetches` the threads that
+    fetch some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how many pages of
+    usage are made.
     """
 
     settings: Settings

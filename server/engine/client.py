@@ -143,7 +143,7 @@ class EngineClient:
         self._engine.submit(submit)
         if not self._engine.alive:  # it died just now, perhaps without having seen this request
             fault = EngineFailure("the engine failed")
-            lost: list[Event] = [Done(submit.id, "error", len(submit.prompt), 0, 0, Residency(), fault)]
+            lost: list[Event] = [Done(submit.id, "error", 0, 0, 0, Residency(), fault)]
             asyncio.get_running_loop().call_soon(self._dispatch, lost)
         return stream
 

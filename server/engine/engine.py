@@ -301,7 +301,7 @@ class Engine:
         """The one way a request ends: its Done goes out with the step's events, and everything it holds goes back."""
         if self._requests.pop(request.submit.id, None) is None:
             return
-        cached, made, prompt = request.cached, request.produced, len(request.submit.prompt)
+        cached, made, prompt = request.cached, request.produced, request.read
         self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
         self.stats.prompt_tokens += prompt
         self.stats.cached_tokens += cached

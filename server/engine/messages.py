@@ -180,7 +180,9 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The one terminal event of a request. Token counts are the engine's own, however the request ended."""
+    """The one terminal event of a request. Token counts are the engine's own, however the request ended.
+    `prompt_tokens` are what was read of the prompt, computed or found in the prefix cache, `cached_tokens` what was
+    found."""
 
     id: str
     outcome: str  # finished | cancelled | error

@@ -83,6 +83,11 @@ class Request:
         return self.sequences[0].cached or 0 if self.sequences else 0
 
     @property
+    def read(self) -> int:
+        """Tokens of the prompt that were computed or found in the prefix cache, each once."""
+        return max((sequence.charged for sequence in self.sequences), default=0)
+
+    @property
     def produced(self) -> int:
         """Tokens generated so far, of all its sequences."""
         return sum(sequence.produced for sequence in self.sequences)

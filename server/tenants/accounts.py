@@ -83,9 +83,9 @@ class Entry:
             self._accounts.ledger.checkpoint(self._record.request_id, *counts)
 
     def close(self, status: str, lane: str, prompt: int, cached: int, completion: int) -> asyncio.Future[None]:
-        """It has ended; the future is done when that is durable. What failed costs nothing, and neither does a prompt
-        of which no token came."""
-        if status == "error" or not completion:
+        """It has ended; the future is done when that is durable. `prompt` and `cached` are what was read of the prompt,
+        which a client that has gone pays for as well: later prompts find it in the cache. What failed costs nothing."""
+        if status == "error":
             prompt = cached = completion = 0
         record = replace(self._record, status=status, lane=lane, prompt=prompt, cached=cached, completion=completion)
         self._accounts.left(record.request_id)

@@ -5,11 +5,7 @@ import io
 import time
 
 from tests.serving import refused, until
-from tests.tenancy import Account
-
-
-def invoice(account: Account, **query) -> dict:
-    return account.http.get(f"/v1/invoices/{time.strftime('%Y-%m', time.gmtime())}", params=query).json()
+from tests.tenancy import invoice
 
 
 def test_the_answers_costs_add_up_to_the_bill(admin, adapters):

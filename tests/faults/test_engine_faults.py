@@ -196,7 +196,13 @@ def test_a_client_that_goes_away_frees_everything(
         assert outcome(victim) == "cancelled"
         assert victim.done is not None
         assert victim.done.error is None
-        assert victim.done.prompt_tokens == len(LONG)
+        read = victim.done.prompt_tokens
+        if phase in ("queued", "loading"):
+            assert read == 0
+        elif phase == "prefilling":
+            assert 0 < read < len(LONG)
+        else:
+            assert read == len(LONG)
         assert victim.done.completion_tokens == sum(len(d.token_ids) for d in victim.deltas)
         assert (victim.done.completion_tokens > 0) == (phase in ("decoding", "sampling its first token"))
         for at, answer in enumerate(neighbours):
