@@ -37,6 +37,7 @@ from server.registry.registry import Registry
 from server.registry.store import Store
 from server.settings import Settings
 from server.tenants.accounts import Accounts, Outlet
+from server.tenants.claim import claimed
 from server.tenants.database import open_database
 
 log = logging.getLogger("onebase.app")
@@ -84,25 +85,33 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
 
 @contextlib.asynccontextmanager
 async def running(state: State, engine: Engine) -> AsyncIterator[None]:
-    """Accounts and engine, from the first request to the last."""
-    # What was loaded lives as long as the process; a full collection would walk it all and hold every stream up.
-    gc.collect()
-    gc.freeze()
-    database = await open_database(state.settings.database)
-    state.accounts, token = await Accounts.open(database, outlet(state.settings))
-    if token is not None:
-        print(f"The admin key, for AUTH=on; it is shown this once:\n{token}", file=sys.stderr, flush=True)
-    state.client.attach(engine)
-    state.registry.lanes = EngineLanes(state.client)
-    restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
-    try:
-        async with Sampler(state):
-            yield
-    finally:
-        restoring.cancel()
-        await state.client.close()
-        await state.accounts.close()
-        gc.unfreeze()
+    """Accounts and engine, from the first request to the last. What was opened is closed in reverse, also when
+    something after it fails to open."""
+    async with contextlib.AsyncExitStack() as stack:
+        # What was loaded lives as long as the process; a full collection would walk it all and hold every stream up.
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
+        claim = await stack.enter_async_context(claimed(state.settings.database))
+        database = await open_database(state.settings.database, claim)
+        stack.push_async_callback(database.close)
+        state.accounts, token = await Accounts.open(database, outlet(state.settings))
+        stack.push_async_callback(state.accounts.close)
+        claim.regained = state.accounts.reload
+        if token is not None:
+            print(f"The admin key, for AUTH=on; it is shown this once:\n{token}", file=sys.stderr, flush=True)
+        state.client.attach(engine)
+        stack.push_async_callback(state.client.close)
+        state.registry.lanes = EngineLanes(state.client)
+        restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
+        stack.push_async_callback(_ended, restoring)
+        await stack.enter_async_context(Sampler(state))
+        yield
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
 
 
 def outlet(settings: Settings) -> Outlet | None:

@@ -17,6 +17,8 @@ from server.errors import OnebaseError
 from server.model.attention import UnsupportedAttention
 from server.model.bundled import BaseUnavailable
 from server.settings import Settings
+from server.tenants.claim import claimed
+from server.tenants.database import DatabaseUnusable
 
 log = logging.getLogger("onebase.run")
 
@@ -73,6 +75,12 @@ def _check_port(host: str, port: int) -> None:
         raise OSError(f"cannot listen on {host} port {port}: {fault.strerror}") from fault
 
 
+async def _check_database(url: str) -> None:
+    """Raises DatabaseUnusable at once if there is no way into the database or another server has it."""
+    async with claimed(url):
+        pass
+
+
 def serve(settings: Settings) -> int:
     """Serves until a signal; the exit status."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -81,8 +89,9 @@ def serve(settings: Settings) -> int:
     try:
         _check_port(settings.host, settings.port)
         own(settings.data_dir)
+        asyncio.run(_check_database(settings.database))
         app = create_app(settings)
-    except (BaseUnavailable, UnsupportedAttention, OnebaseError, OSError) as fault:
+    except (BaseUnavailable, UnsupportedAttention, OnebaseError, DatabaseUnusable, OSError) as fault:
         log.error("%s", fault)
         return 1
     state: State = app.state.onebase

@@ -10,6 +10,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from server.core import DEFAULT_TENANT
 from server.datadir import own
 from server.errors import OnebaseError
+from server.tenants.claim import claimed
 from server.tenants.database import Database, DatabaseUnusable, open_database
 from server.tenants.directory import Directory
 from server.tenants.keys import Scope
@@ -18,17 +19,19 @@ from server.tenants.keys import Scope
 async def recover(data_dir: Path, database_url: str) -> str:
     """The token of a new key of the default tenant with every scope; the tenant is enabled.
 
-    Raises OSError while a server owns the directory, and where there is no directory or no way into the database.
+    Raises OSError while a server owns the directory or the database, and where there is no directory or no way into
+    the database.
     """
     if not data_dir.is_dir():
         raise OSError(f"there is no data directory {data_dir}")
     lock = own(data_dir)
     try:
-        database = await open_database(database_url)
-        try:
-            return await _new_key(database)
-        finally:
-            await database.close()
+        async with claimed(database_url):
+            database = await open_database(database_url)
+            try:
+                return await _new_key(database)
+            finally:
+                await database.close()
     except (SQLAlchemyError, DatabaseUnusable, OnebaseError) as fault:
         raise OSError(f"the database cannot be used: {fault}") from fault
     finally:

@@ -119,26 +119,38 @@ class Accounts:
         """The accounts, and on the first start ever the token of an admin key, which is kept nowhere. Without an
         `outlet` no events are made. Raises ValueError for one that cannot be."""
         directory, token = await Directory.open(database)
+        book = await prices.current(database)
         deliverer = _deliverer(database, directory, outlet) if outlet else None
         ledger = Ledger(database, event=usage_events(outlet.source) if outlet else None)
-        if settled := await ledger.start():
-            log.warning("%d requests were open when the server last ended: settled as aborted", settled)
-        accounts = cls(database, directory, Admission(), ledger, await prices.current(database), deliverer)
-        for tenant in directory.tenants():
-            await accounts._load(tenant)
+        accounts = cls(database, directory, Admission(), ledger, book, deliverer)
+        try:
+            if settled := await ledger.start():
+                log.warning("%d requests were open when the server last ended: settled as aborted", settled)
+            for tenant in directory.tenants():
+                await accounts._load(tenant)
+        except BaseException:
+            await accounts.close()
+            raise
         if deliverer is not None:
             deliverer.start()
         return accounts, token
 
     async def close(self) -> None:
-        """Writes down what is queued."""
+        """Finishes the changes that were begun and writes down what is queued. The database stays open."""
         self._checkpoints.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._checkpoints
+        await self.directory.close()
         await self.ledger.stop()
         if self.deliverer is not None:
             await self.deliverer.stop()
-        await self.database.close()
+
+    async def reload(self) -> None:
+        """Reads again what another server may have changed: tenants, keys, prices, and what was spent."""
+        await self.directory.reload()
+        self.book = await prices.current(self.database)
+        for tenant in self.directory.tenants():
+            await self._load(tenant)
 
     def anybody(self) -> Principal:
         """Who every request comes from where AUTH is off."""

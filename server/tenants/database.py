@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
@@ -28,12 +28,24 @@ class DatabaseUnusable(RuntimeError):
     """The database cannot be used: an unknown kind, or a schema from a later version of onebase."""
 
 
+class Holding(Protocol):
+    """What says whether the database is this process's."""
+
+    held: bool
+
+
 class Database:
     """An open database. Use `read()` for consistent reading and `write()` for a transaction."""
 
-    def __init__(self, engine: AsyncEngine):
+    def __init__(self, engine: AsyncEngine, claim: Holding | None = None):
         self.engine = engine
         self.dialect = engine.dialect.name
+        self._claim = claim
+
+    @property
+    def owned(self) -> bool:
+        """Whether this process holds its claim on the database; True where it was opened without one."""
+        return self._claim is None or self._claim.held
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
@@ -60,13 +72,13 @@ class Database:
         await self.engine.dispose()
 
 
-async def open_database(url: str) -> Database:
-    """Connect to `sqlite:///file` or `postgresql://…` and migrate to the newest schema.
+async def open_database(url: str, claim: Holding | None = None) -> Database:
+    """Connect to `sqlite:///file` or `postgresql://…` and migrate to the newest schema. `claim`: see `claimed`.
 
     Raises `DatabaseUnusable` where this version cannot work with what is there, and SQLAlchemy's or the driver's error
     where there is no way in.
     """
-    database = Database(_engine(_url(url)))
+    database = Database(_engine(async_url(make_url(url))), claim)
     try:
         script = await asyncio.to_thread(ScriptDirectory, MIGRATIONS)
         async with database.write() as connection:
@@ -79,8 +91,8 @@ async def open_database(url: str) -> Database:
     return database
 
 
-def _url(text: str) -> URL:
-    url = make_url(text)
+def async_url(url: URL) -> URL:
+    """The URL with the driver that is used for its kind. Raises `DatabaseUnusable` for a kind that is not."""
     match url.get_backend_name():
         case "sqlite":
             return url.set(drivername="sqlite+aiosqlite")
@@ -88,6 +100,12 @@ def _url(text: str) -> URL:
             return url.set(drivername="postgresql+asyncpg")
         case other:
             raise DatabaseUnusable(f"the database must be sqlite or postgresql, not {other}")
+
+
+def file_of(url: URL) -> Path | None:
+    """Where an SQLite database is; None for one in memory."""
+    name = (url.database or "").removeprefix("file:").partition("?")[0]
+    return Path(name) if name and name != ":memory:" else None
 
 
 def _engine(url: URL) -> AsyncEngine:

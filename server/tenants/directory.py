@@ -56,6 +56,11 @@ class Directory:
         await directory.reload()
         return directory, token
 
+    async def close(self) -> None:
+        """Returns when the changes that were begun are finished; whoever began them is told how."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
     def authenticate(self, header: str | None) -> Principal:
         """Who sent this `Authorization` header. Raises `Unauthorized`, always in the same words: no key or a malformed
         one, one that is unknown, revoked, expired or not ours, or of a disabled tenant."""

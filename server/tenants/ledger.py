@@ -112,8 +112,10 @@ class Ledger:
 
     @property
     def healthy(self) -> bool:
-        """Whether what came `patience` seconds ago is committed, and somebody is there to commit more."""
-        return self._writer is not None and not self._writer.done() and self.lag_seconds <= self._patience
+        """Whether what came `patience` seconds ago is committed, somebody is there to commit more, and no other server
+        may have taken the database."""
+        writing = self._writer is not None and not self._writer.done()
+        return writing and self._database.owned and self.lag_seconds <= self._patience
 
     def check(self) -> None:
         """For admission: raises `LedgerUnavailable` while what a request uses could not be written down."""

@@ -1,13 +1,17 @@
 """The `onebase` command, against a running server."""
 
+import asyncio
 import json
 import socket
+import subprocess
+import sys
 
 import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
 from server.settings import Settings
+from server.tenants.claim import claimed
 from tests.families import save_adapter
 from tests.serving import Server, chat_base
 
@@ -190,6 +194,21 @@ def test_a_taken_port_is_told_before_anything_is_loaded(tmp_path):
         result = run("serve", "--port", port, "--data-dir", tmp_path / "data")
     assert result.exit_code == 1
     assert not (tmp_path / "data").exists()
+
+
+def test_a_database_of_another_server_is_told_before_anything_is_loaded(tmp_path):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+
+    async def second():
+        async with claimed(url):
+            command = [sys.executable, "-m", "server.cli", "serve", "--database-url", url, "--base", "nothing"]
+            command += ["--port", "0", "--data-dir", str(tmp_path / "data")]
+            return await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=120)
+
+    done = asyncio.run(second())
+    assert done.returncode == 1
+    assert f"another onebase server uses the database {url}" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_list_that_is_piped_has_whole_names_and_digests(server, folders):
