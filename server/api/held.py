@@ -46,13 +46,15 @@ class Sampler:
             log.exception("what was stored since the last minute could not be written down")
 
     async def look(self) -> None:
-        """Samples if anything has changed, or not for a minute."""
-        now = await asyncio.to_thread(self._see)
-        if now == self._seen and time.monotonic() < self._sampled + SAMPLE_SECONDS:
+        """Samples what has changed, and everything once a minute."""
+        whole = time.monotonic() >= self._sampled + SAMPLE_SECONDS
+        seen, held = await asyncio.to_thread(self._looked, whole)
+        if held is None:
             return
-        held = await asyncio.to_thread(lambda: list(self._held(now)))
-        await self._state.accounts.holdings.sample(int(time.time()), held)
-        self._seen, self._sampled = now, time.monotonic()
+        await self._state.accounts.holdings.sample(int(time.time()), held, only_changed=not whole)
+        self._seen = seen
+        if whole:
+            self._sampled = time.monotonic()
 
     async def _run(self) -> None:
         while True:
@@ -63,8 +65,10 @@ class Sampler:
                 log.exception("what is stored could not be written down")
             await asyncio.sleep(max(LOOK_SECONDS, SPARING * (time.monotonic() - began)))
 
-    def _see(self) -> Seen:
-        return self._state.registry.snapshot(), self._state.client.stats.copies
+    def _looked(self, whole: bool) -> tuple[Seen, list[Held] | None]:
+        """What is there now, and what that makes held; None where nothing has changed. Not on the event loop."""
+        seen = self._state.registry.snapshot(), self._state.client.stats.copies
+        return seen, list(self._held(seen)) if whole or seen != self._seen else None
 
     def _held(self, seen: Seen) -> Iterator[Held]:
         """Automatic copies are nobody's bill, and neither is what belongs to a tenant that this database does not

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from sqlalchemy import select
@@ -19,6 +20,7 @@ Kind = Literal["storage", "merged"]
 KINDS: tuple[Kind, ...] = ("storage", "merged")
 GB = 10**9
 DAY = 86_400
+PART = 250  # adapters in one transaction: what the event loop and the ledger wait for is short
 _SECONDS = {"storage": DAY, "merged": 3_600}  # of a GB-day, of a GB-hour
 
 
@@ -30,6 +32,10 @@ class Held:
     adapter: str
     kind: Kind
     bytes: int
+
+
+_Key = tuple[str, str, Kind]  # tenant, adapter, kind
+_Due = list[tuple[_Key, int]]  # what is to be written down, and its bytes from now on
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,27 +69,47 @@ class Holdings:
     def __init__(self, database: Database, book_of: Callable[[str], PriceBook]):
         self._database = database
         self._book_of = book_of
-        self._since: int | None = None
-        self._held: tuple[Held, ...] = ()
+        self._held: dict[_Key, tuple[int, int]] = {}  # bytes, and since when they are not written down
         self._one_at_a_time = asyncio.Lock()
 
-    async def sample(self, now: int, held: Iterable[Held]) -> None:
-        """`now` in whole seconds UTC; a clock that was set back adds nothing.
+    async def sample(self, now: int, held: Iterable[Held], *, only_changed: bool = False) -> None:
+        """`now` in whole seconds UTC; a clock that was set back adds nothing. `only_changed` leaves what is held as
+        before for a later sample.
 
-        When the database fails, its error is raised and nothing is lost: what was held stays so until a later sample
-        succeeds. Nothing is added twice, even where a commit that seemed to fail was done after all.
+        Written in parts. When the database fails, its error is raised and nothing is lost: what was held stays so until
+        a later sample succeeds. Nothing is added twice, even where a commit that seemed to fail was done after all.
         """
         async with self._one_at_a_time:
-            since = now if self._since is None else self._since
-            pieces = [piece for one in self._held for piece in _by_day(one, since, now)]
-            if pieces:
-                async with self._database.write() as connection:
-                    await self._add(connection, pieces)
-            self._since = max(now, since)
-            self._held = _together(held)
+            due = iter(await asyncio.to_thread(self._due, held, only_changed))
+            while part := list(islice(due, PART)):
+                pieces = [piece for key, _ in part for piece in self._pieces(key, now)]
+                if pieces:
+                    async with self._database.write() as connection:
+                        await self._add(connection, pieces)
+                self._written(part, now)
+
+    def _due(self, held: Iterable[Held], only_changed: bool) -> _Due:
+        after = _together(held)
+        both = self._held.keys() | after.keys()
+        return [
+            (key, after.get(key, 0))
+            for key in both
+            if not only_changed or after.get(key, 0) != self._held.get(key, (0, 0))[0]
+        ]
+
+    def _pieces(self, key: _Key, now: int) -> Iterator[_Piece]:
+        if key in self._held:
+            size, since = self._held[key]
+            yield from _by_day(Held(*key, size), since, now)
+
+    def _written(self, part: _Due, now: int) -> None:
+        for key, size in part:
+            _, since = self._held.pop(key, (0, now))
+            if size:
+                self._held[key] = (size, max(now, since))
 
     async def _add(self, connection: AsyncConnection, pieces: list[_Piece]) -> None:
-        there = await _lines(connection, {piece.day for piece in pieces})
+        there = await _lines(connection, pieces)
         rows = []
         for piece in pieces:
             held = piece.held
@@ -114,13 +140,13 @@ class Holdings:
         await connection.execute(new.on_conflict_do_update(index_elements=keys, set_=changed), rows)
 
 
-def _together(held: Iterable[Held]) -> tuple[Held, ...]:
-    """One entry for each tenant, adapter and kind."""
-    sums: dict[tuple[str, str, Kind], int] = {}
+def _together(held: Iterable[Held]) -> dict[_Key, int]:
+    """The bytes of each tenant, adapter and kind."""
+    sums: dict[_Key, int] = {}
     for one in held:
         key = (one.tenant, one.adapter, one.kind)
         sums[key] = sums.get(key, 0) + one.bytes
-    return tuple(Held(*key, size) for key, size in sums.items() if size)
+    return {key: size for key, size in sums.items() if size}
 
 
 def _by_day(held: Held, begin: int, end: int) -> Iterator[_Piece]:
@@ -131,6 +157,12 @@ def _by_day(held: Held, begin: int, end: int) -> Iterator[_Piece]:
         begin = until
 
 
-async def _lines(connection: AsyncConnection, days: set[int]) -> Mapping[tuple[str, str, str, int], Any]:
-    found = (await connection.execute(select(holdings).where(holdings.c.day.in_(days)))).all()
+async def _lines(connection: AsyncConnection, pieces: list[_Piece]) -> Mapping[tuple[str, str, str, int], Any]:
+    """The lines that the pieces belong to, and few others."""
+    near = (
+        holdings.c.tenant.in_({piece.held.tenant for piece in pieces})
+        & holdings.c.adapter.in_({piece.held.adapter for piece in pieces})
+        & holdings.c.day.in_({piece.day for piece in pieces})
+    )
+    found = (await connection.execute(select(holdings).where(near))).all()
     return {(row.tenant, row.adapter, row.kind, row.day): row for row in found}

@@ -19,7 +19,7 @@ def samples(server, monkeypatch) -> list[tuple[int, set[Held]]]:
     """What the holdings are told, and when, from now on."""
     told: list[tuple[int, set[Held]]] = []
 
-    async def sample(now: int, held: Any) -> None:
+    async def sample(now: int, held: Any, *, only_changed: bool = False) -> None:
         told.append((now, set(held)))
 
     monkeypatch.setattr(server.state.accounts.holdings, "sample", sample)
@@ -76,7 +76,7 @@ def test_nothing_is_told_again_before_a_minute_is_over(server, samples, monkeypa
 def test_a_failing_database_ends_nothing(server, monkeypatch, adapters, caplog):
     failures: list[int] = []
 
-    async def fail(now: int, held: Any) -> None:
+    async def fail(now: int, held: Any, *, only_changed: bool = False) -> None:
         failures.append(now)
         raise OSError("no disk")
 

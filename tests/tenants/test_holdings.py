@@ -95,6 +95,43 @@ async def test_a_sample_that_fails_is_made_good(database: Database, mode: str) -
     assert (await _lines(database))["mail", "storage", 20_000].byte_seconds == 20 * 1000
 
 
+async def test_what_did_not_change_is_left_for_a_later_sample(database: Database) -> None:
+    held = Holdings(database, _book)
+    await held.sample(MIDNIGHT, [MAIL, LANE])
+    await held.sample(MIDNIGHT + 10, [MAIL], only_changed=True)
+    assert {kind for _, kind, _ in await _lines(database)} == {"merged"}
+    await held.sample(MIDNIGHT + 30, [replace(MAIL, bytes=2000)], only_changed=True)
+    await held.sample(MIDNIGHT + 40, [])
+    counted = {kind: row.byte_seconds for (_, kind, _), row in (await _lines(database)).items()}
+    assert counted == {"merged": 10 * 5000, "storage": 30 * 1000 + 10 * 2000}
+
+
+async def test_many_are_written_in_parts(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that was written before another one failed is not written twice."""
+    monkeypatch.setattr("server.tenants.holdings.PART", 3)
+    many = [Held(f"t{at % 2}", f"a{at}", "storage", 1 + at) for at in range(10)]
+    faulty = Faulty(database)
+    held = Holdings(faulty, _book)
+    await held.sample(MIDNIGHT, many)
+    writes: list[int] = []
+
+    def thrice(connection: Any, pieces: list[Any]) -> Any:
+        writes.append(len(pieces))
+        if len(writes) == 3:
+            raise Broken
+        return add(connection, pieces)
+
+    add = held._add
+    monkeypatch.setattr(held, "_add", thrice)
+    with pytest.raises(Broken):
+        await held.sample(MIDNIGHT + 10, many)
+    assert len(await _lines(database)) == 6
+    await held.sample(MIDNIGHT + 20, [])
+    assert writes == [3, 3, 3, 3, 3, 3, 1]
+    found = {(row.tenant, row.adapter): row.byte_seconds for row in (await _lines(database)).values()}
+    assert found == {(one.tenant, one.adapter): 20 * one.bytes for one in many}
+
+
 async def test_a_new_price_holds_from_the_next_day_on(database: Database) -> None:
     book = DEFAULT_BOOK
     held = Holdings(database, lambda _: book)
