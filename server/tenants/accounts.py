@@ -165,10 +165,9 @@ class Accounts:
         return known[2]
 
     async def update(self, tenant: str, changes: Callable[[Tenant], dict[str, Any]]) -> Tenant:
-        """The tenant as `Directory.revise` makes it, in force from now on; what runs goes on as it was admitted."""
-        new = await self.directory.revise(tenant, changes)
-        await self._load(new)
-        return new
+        """The tenant as `Directory.revise` makes it, in force from now on; what runs goes on as it was admitted. While
+        the database fails, so does this, and nothing has changed."""
+        return await self.directory.revise(tenant, changes, self._spent)
 
     async def reprice(self, book: PriceBook) -> PriceBook:
         """A new version of the price book, for what is admitted from now on."""
@@ -177,15 +176,18 @@ class Accounts:
             return self.book
 
     async def _load(self, tenant: Tenant) -> None:
-        """What the tenant has spent in its budget's window, from the ledger. A request that ends meanwhile may count
-        twice until the window ends, but none is left out."""
+        (await self._spent(tenant))()
+
+    async def _spent(self, tenant: Tenant) -> Callable[[], None]:
+        """Reads what the tenant has spent in its budget's window from the ledger; the call puts it in force. A request
+        that ends meanwhile may count twice until the window ends, but none is left out."""
         if tenant.limits.max_budget is None and tenant.limits.soft_budget is None:
-            return
-        before = self.admission.spent(tenant)
+            return lambda: None
+        before = self.admission.spent(self.directory.show(tenant.id))
         await self.ledger.flushed()
         since = budget_window(tenant.limits, now_ms()).start_ms
         found = await usage.spent(self.database, tenant.id, since)
-        self.admission.load(tenant, found + max(0, self.admission.spent(tenant) - before))
+        return lambda: self.admission.load(tenant, found + max(0, self.admission.spent(tenant) - before))
 
     def check(self, who: Principal, tokens: int, adapter: AdapterRef | None, *, batch: bool) -> None:
         """Raises as `admit` does for a request of `tokens` at least, prompt and completion; books nothing."""

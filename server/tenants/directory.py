@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, TypeVar
 
 from sqlalchemy import Row, func, select, update
@@ -28,6 +28,7 @@ from server.tenants.tenant import UNLIMITED, Key, Limits, Principal, Tenant, che
 MAX_KEYS = 1_000  # of one tenant that are neither revoked nor expired
 _SALT_BYTES = 32
 _T = TypeVar("_T")
+Prepare = Callable[[Tenant], Awaitable[Callable[[], None]]]
 _CHANGEABLE = frozenset(
     {"limits", "weight", "prices", "classes", "max_adapters", "max_adapter_bytes", "customer", "disabled"}
 )
@@ -119,17 +120,23 @@ class Directory:
         `customer` or `disabled`. Raises `TenantNotFound`, `InvalidRequest`."""
         return await self.revise(tenant, lambda _: changes)
 
-    async def revise(self, tenant: str, changes: Callable[[Tenant], dict[str, Any]]) -> Tenant:
-        """`update` with what `changes` makes of the tenant as it is then: no change in between is lost."""
+    async def revise(
+        self, tenant: str, changes: Callable[[Tenant], dict[str, Any]], prepare: Prepare | None = None
+    ) -> Tenant:
+        """`update` with what `changes` makes of the tenant as it is then: no change in between is lost. `prepare` is
+        awaited with the new tenant before anything is changed, and what it gives is called once all is."""
 
         async def change() -> Tenant:
             made = changes(self.show(tenant))
             new = _changed(self.show(tenant), made)
+            finish = await prepare(new) if prepare else None
             row = {name: value for name, value in _tenant_row(new).items() if name in made}
             if row:
                 async with self._database.write() as connection:
                     await connection.execute(update(tables.tenants).where(tables.tenants.c.id == tenant).values(row))
             self._tenants[tenant] = new
+            if finish:
+                finish()
             return new
 
         return await self._finish(change())
