@@ -13,6 +13,7 @@ from server.commands import bill
 from server.commands.adapters import adapters
 from server.commands.client import settings_of
 from server.commands.prices import prices
+from server.commands.events import events
 from server.commands.tenants import tenants
 from server.settings import Settings
 
@@ -20,6 +21,7 @@ app = typer.Typer(help="One frozen base model, shared by many LoRA adapters.", n
 app.add_typer(adapters, name="adapters")
 app.add_typer(tenants, name="tenants")
 app.add_typer(prices, name="prices")
+app.add_typer(events, name="events")
 
 
 def _serve(print_config: bool = False, **flags: Any) -> None:

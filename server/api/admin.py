@@ -1,4 +1,4 @@
-"""`/admin`: tenants, their keys, and the prices. A change is in force for the next request."""
+"""`/admin`: tenants, their keys, the prices, and the events of usage. A change is in force for the next request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from server.api import tenancy
 from server.api.access import Caller, guarded
 from server.api.moments import moment_ms
 from server.api.state import State, state_of
-from server.api.tenancy import Book, BookBody, KeyList, KeyMade, NewKeyBody, NewTenant, TenantInfo, TenantList
+from server.api.tenancy import Book, BookBody, KeyList, KeyMade, NewKeyBody, NewTenant, Revived, TenantInfo, TenantList
 from server.errors import Conflict
 from server.tenants.keys import Scope
 from server.tenants.tenant import Principal, Tenant
@@ -106,6 +106,15 @@ async def change_prices(body: BookBody, caller: Caller, state: OneState) -> dict
     """A new version of the price book, for what is admitted from now on."""
     await state.accounts.reprice(tenancy.checked_prices(state.accounts.book, body.model_dump()))
     return _priced(state)
+
+
+@router.post("/events/revive", response_model=Revived)
+async def revive_events(caller: Caller, state: OneState) -> dict[str, int]:
+    """Tries the events again that were parked because the receiver had refused them too often."""
+    deliverer = state.accounts.deliverer
+    if deliverer is None:
+        raise Conflict("this server tells nobody of usage: it has no EVENTS_URL", code="no_events")
+    return {"revived": await deliverer.revive()}
 
 
 def _shown(state: State, tenant: Tenant) -> dict[str, Any]:

@@ -151,6 +151,12 @@ class TenantList(BaseModel):
     next: str | None
 
 
+class Revived(BaseModel):
+    """How many parked events are tried again."""
+
+    revived: int
+
+
 class KeyInfo(BaseModel):
     """A key without its secret."""
 

@@ -36,9 +36,11 @@ LOOK_SECONDS, LOOK_ROWS = 10.0, 10_000  # so many waiting events are counted onl
 IDLE_SECONDS = 1.0  # between rounds when nothing is due
 FIRST_DELAY, LAST_DELAY = 1.0, 300.0  # seconds of back-off
 PRUNE_SECONDS = 60.0
-PRUNE_ROWS = 5_000  # deleted in one transaction
+PRUNE_ROWS = 5_000  # deleted, or revived, in one transaction
 _MS = 1000
-_WAITING = outbox.c.delivered_ms.is_(None) & outbox.c.parked_ms.is_(None)
+_NEVER = 2**62  # the `next_ms` of what is parked, behind all that the index of what is due is asked for
+_PARKED = outbox.c.delivered_ms.is_(None) & outbox.c.parked_ms.is_not(None)
+_WAITING = outbox.c.delivered_ms.is_(None) & (outbox.c.next_ms < _NEVER) & outbox.c.parked_ms.is_(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +111,15 @@ class Deliverer:
 
     async def revive(self) -> int:
         """Tries the parked events again, after whatever was at fault is mended. How many."""
-        again = update(outbox).where(outbox.c.parked_ms.is_not(None), outbox.c.delivered_ms.is_(None))
-        async with self._database.write() as connection:
-            done = await connection.execute(again.values(parked_ms=None, attempts=0, next_ms=self._now_ms()))
-        return done.rowcount
+        now, revived = self._now_ms(), 0
+        some = select(outbox.c.id).where(_PARKED).order_by(outbox.c.id).limit(PRUNE_ROWS)
+        again = update(outbox).where(outbox.c.id.in_(some)).values(parked_ms=None, attempts=0, next_ms=now)
+        while True:
+            async with self._database.write() as connection:
+                done = (await connection.execute(again)).rowcount
+            revived += done
+            if done < PRUNE_ROWS:
+                return revived
 
     async def _run(self) -> None:
         while True:
@@ -216,7 +223,7 @@ class Deliverer:
         return {
             "row": item.row,
             "new_attempts": attempts,
-            "new_next_ms": now + int(wait * _MS),
+            "new_next_ms": _NEVER if parked else now + int(wait * _MS),
             "new_delivered_ms": delivered,
             "new_parked_ms": parked,
             "new_fault": verdict.reason[:256] or None,

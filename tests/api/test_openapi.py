@@ -33,6 +33,7 @@ OPERATIONS = [
     ("DELETE", "/admin/tenants/{tenant}/keys/{key}"),
     ("GET", "/admin/prices"),
     ("PUT", "/admin/prices"),
+    ("POST", "/admin/events/revive"),
     ("GET", "/healthz"),
     ("GET", "/readyz"),
     ("GET", "/metrics"),

@@ -147,6 +147,25 @@ async def test_an_event_that_is_refused_holds_up_nobody(
     assert receiver.got == {"a": 1, "bad": 1, "c": 1}
 
 
+async def test_what_is_parked_costs_no_look_at_what_is_due(database: Database, receiver: Receiver) -> None:
+    """It lies behind everything that the index is asked for; and many are revived in parts."""
+    clock = Clock()
+    await fill(database, *"abcde")
+    receiver.poison = set("abcde")
+    async with delivering(database, CloudEventsSink(receiver.url), clock) as deliverer:
+        for _ in range(TRIES):
+            clock.now += LAST_DELAY
+            await deliverer.round()
+        assert (deliverer.parked, deliverer.waiting) == (5, 0)
+        assert await count(database, outbox.c.next_ms < int((clock.now + 10**9) * 1000)) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("server.tenants.outbox.PRUNE_ROWS", 2)
+            assert await deliverer.revive() == 5
+        receiver.poison = set()
+        await deliverer.round()
+    assert receiver.got == dict.fromkeys("abcde", 1)
+
+
 class Crash(BaseException):
     """The process ends here."""
 
