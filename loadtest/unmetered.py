@@ -1,14 +1,16 @@
-"""The `onebase` command with a ledger that writes nothing down: what metering costs is the difference.
+"""The server with a ledger that writes nothing down: what metering costs is the difference.
 
-`python -m loadtest.unmetered serve …`, by `loadtest/tenants.py`.
+`python -m loadtest.unmetered serve --port N`, by `loadtest/tenants.py`; everything else is said by variables.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import sys
 
-from server import cli
-from server.tenants import accounts
+from server.run import serve
+from server.settings import Settings
 from server.tenants.ledger import Ledger
 from server.tenants.record import Record
 
@@ -35,6 +37,13 @@ class Unwritten(Ledger):
         return done
 
 
+def main() -> int:
+    """Serves until a signal; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("command", choices=("serve",))
+    parser.add_argument("--port", type=int, required=True)
+    return serve(Settings(port=parser.parse_args().port), ledger=Unwritten)
+
+
 if __name__ == "__main__":
-    accounts.Ledger = Unwritten  # type: ignore[attr-defined]
-    cli.app()
+    sys.exit(main())

@@ -39,6 +39,7 @@ from server.settings import Settings
 from server.tenants.accounts import Accounts, Outlet
 from server.tenants.claim import claimed
 from server.tenants.database import open_database
+from server.tenants.ledger import Ledger
 
 log = logging.getLogger("onebase.app")
 
@@ -52,8 +53,9 @@ _CPU_KV_TOKENS = 32_768
 _USUAL_RANK = 16  # room is kept on the GPU for adapters of this rank, or of MAX_RANK if that is less
 
 
-def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
-    """The ASGI app. Loads the base unless one is given; raises BaseUnavailable when it cannot be had."""
+def create_app(settings: Settings, base: Base | None = None, *, ledger: type[Ledger] = Ledger) -> FastAPI:
+    """The ASGI app. Loads the base unless one is given; raises BaseUnavailable when it cannot be had. `ledger` is what
+    writes usage down."""
     cores.take(1)  # before the first operation
     base = base or load_base(
         settings.base,
@@ -69,7 +71,7 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
         title="onebase",
         version=version("onebase"),
         description="One frozen base model, shared by many LoRA adapters.",
-        lifespan=lambda app: running(state, engine),
+        lifespan=lambda app: running(state, engine, ledger),
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,  # such an answer repeats the Host header
@@ -84,7 +86,7 @@ def create_app(settings: Settings, base: Base | None = None) -> FastAPI:
 
 
 @contextlib.asynccontextmanager
-async def running(state: State, engine: Engine) -> AsyncIterator[None]:
+async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -> AsyncIterator[None]:
     """Accounts and engine, from the first request to the last. What was opened is closed in reverse, also when
     something after it fails to open."""
     async with contextlib.AsyncExitStack() as stack:
@@ -95,7 +97,7 @@ async def running(state: State, engine: Engine) -> AsyncIterator[None]:
         claim = await stack.enter_async_context(claimed(state.settings.database))
         database = await open_database(state.settings.database, claim)
         stack.push_async_callback(database.close)
-        state.accounts, token = await Accounts.open(database, outlet(state.settings))
+        state.accounts, token = await Accounts.open(database, outlet(state.settings), ledger=ledger)
         stack.push_async_callback(state.accounts.close)
         claim.regained = state.accounts.reload
         if token is not None:

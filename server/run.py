@@ -19,6 +19,7 @@ from server.model.bundled import BaseUnavailable
 from server.settings import Settings
 from server.tenants.claim import claimed
 from server.tenants.database import DatabaseUnusable
+from server.tenants.ledger import Ledger
 
 log = logging.getLogger("onebase.run")
 
@@ -81,8 +82,8 @@ async def _check_database(url: str) -> None:
         pass
 
 
-def serve(settings: Settings) -> int:
-    """Serves until a signal; the exit status."""
+def serve(settings: Settings, *, ledger: type[Ledger] = Ledger) -> int:
+    """Serves until a signal; the exit status. `ledger` is what writes usage down."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     for noisy in ("httpx", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -90,7 +91,7 @@ def serve(settings: Settings) -> int:
         _check_port(settings.host, settings.port)
         own(settings.data_dir)
         asyncio.run(_check_database(settings.database))
-        app = create_app(settings)
+        app = create_app(settings, ledger=ledger)
     except (BaseUnavailable, UnsupportedAttention, OnebaseError, DatabaseUnusable, OSError) as fault:
         log.error("%s", fault)
         return 1

@@ -115,16 +115,18 @@ class Accounts:
         self._checkpoints = asyncio.create_task(self._count(), name="checkpoints")
 
     @classmethod
-    async def open(cls, database: Database, outlet: Outlet | None = None) -> tuple[Accounts, str | None]:
+    async def open(
+        cls, database: Database, outlet: Outlet | None = None, *, ledger: type[Ledger] = Ledger
+    ) -> tuple[Accounts, str | None]:
         """The accounts, and on the first start ever the token of an admin key, which is kept nowhere. Without an
-        `outlet` no events are made. Raises ValueError for one that cannot be."""
+        `outlet` no events are made. Raises ValueError for one that cannot be. `ledger` is what writes usage down."""
         directory, token = await Directory.open(database)
         book = await prices.current(database)
         deliverer = _deliverer(database, directory, outlet) if outlet else None
-        ledger = Ledger(database, event=usage_events(outlet.source) if outlet else None)
-        accounts = cls(database, directory, Admission(), ledger, book, deliverer)
+        kept = ledger(database, event=usage_events(outlet.source) if outlet else None)
+        accounts = cls(database, directory, Admission(), kept, book, deliverer)
         try:
-            if settled := await ledger.start():
+            if settled := await kept.start():
                 log.warning("%d requests were open when the server last ended: settled as aborted", settled)
             for tenant in directory.tenants():
                 await accounts._load(tenant)

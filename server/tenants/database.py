@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
+import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from alembic import command
+from alembic.config import Config
 from alembic.migration import MigrationContext
-from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Table, event, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
@@ -78,13 +79,15 @@ async def open_database(url: str, claim: Holding | None = None) -> Database:
     Raises `DatabaseUnusable` where this version cannot work with what is there, and SQLAlchemy's or the driver's error
     where there is no way in.
     """
-    database = Database(_engine(async_url(make_url(url))), claim)
+    address = async_url(make_url(url))
+    database = Database(_engine(address), claim)
     try:
-        script = await asyncio.to_thread(ScriptDirectory, MIGRATIONS)
+        if database.dialect == "sqlite":
+            _make_private(file_of(address))
         async with database.write() as connection:
             if database.dialect == "postgresql":  # SQLite's write transaction is a lock already
                 await connection.execute(text(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})"))
-            await connection.run_sync(_migrate, script)
+            await connection.run_sync(_migrate)
     except BaseException:
         await database.close()
         raise
@@ -106,6 +109,13 @@ def file_of(url: URL) -> Path | None:
     """Where an SQLite database is; None for one in memory."""
     name = (url.database or "").removeprefix("file:").partition("?")[0]
     return Path(name) if name and name != ":memory:" else None
+
+
+def _make_private(path: Path | None) -> None:
+    """An SQLite database that is not there yet, for this user alone: its log and shared memory take its mode over."""
+    if path is not None:
+        with suppress(OSError):  # it is there, or SQLite will say what is the matter
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _engine(url: URL) -> AsyncEngine:
@@ -139,21 +149,16 @@ def _begin_sqlite(connection: Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
-def _migrate(connection: Connection, script: ScriptDirectory) -> None:
+def _migrate(connection: Connection) -> None:
     """Run what is missing of the revisions, in the transaction that `connection` is in."""
-    known = {revision.revision for revision in script.walk_revisions()}
-    head = script.get_current_head()
-    assert head is not None
-
-    def missing(current: tuple[str, ...], _: MigrationContext) -> list[Any]:
-        later = set(current) - known
-        if later:
-            raise DatabaseUnusable(
-                f"the database has schema {', '.join(sorted(later))}, which this version of onebase does not know: "
-                "it is from a later one"
-            )
-        return list(script._upgrade_revs(head, current))  # type: ignore[arg-type]
-
-    context = MigrationContext.configure(connection, opts={"fn": missing})
-    with Operations.context(context):
-        context.run_migrations()
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))  # it is interpolated
+    config.attributes["connection"] = connection  # for env.py
+    known = {revision.revision for revision in ScriptDirectory.from_config(config).walk_revisions()}
+    later = set(MigrationContext.configure(connection).get_current_heads()) - known
+    if later:
+        raise DatabaseUnusable(
+            f"the database has schema {', '.join(sorted(later))}, which this version of onebase does not know: "
+            "it is from a later one"
+        )
+    command.upgrade(config, "head")

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "api": BOTTOM | {"settings", "metrics", "registry", "tenants", "engine", "model.loader"},
     "app": BOTTOM | {"settings", "machine", "metrics", "registry", "tenants", "engine", "lora", "model", "api"},
     "datadir": set(),
-    "run": BOTTOM | {"settings", "app", "api.state", "datadir", "model", "tenants.claim", "tenants.database"},
+    "run": BOTTOM | {"settings", "app", "api.state", "datadir", "model", "tenants"},
     "commands": BOTTOM | {"settings", "datadir", "tenants"},
     "cli": {"settings", "run", "commands"},
     "demo": {"settings", "demoview"},
