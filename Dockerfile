@@ -28,7 +28,7 @@ FROM python:${PYTHON_VERSION}-slim-bookworm
 # The kernels for the CPU are compiled at the first start, for the processor that they run on.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin onebase \
-    && install -d -o onebase -g onebase /var/lib/onebase
+    && install -d -m 700 -o onebase -g onebase /var/lib/onebase
 COPY --from=build /opt/venv /opt/venv
 COPY adapters /opt/onebase/adapters
 # The base is converted on the first start, into the volume, and not here: a float32 copy would add half a gigabyte to

@@ -102,7 +102,7 @@ def server(*flags: str) -> Iterator[Server]:
     models.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="onebase-demo-") as folder:
         data = Path(folder) / "data"
-        data.mkdir()
+        data.mkdir(mode=0o700)
         (data / "models").symlink_to(models)  # converted once; the demo's adapters stay out of the real store
         command = [sys.executable, "-m", "server.cli", "serve", "--base", BASE, "--data-dir", str(data)]
         command += ["--host", "127.0.0.1", "--port", "0", *flags]

@@ -68,6 +68,7 @@ def convert_gguf(source: Path, data_dir: Path, name: str, expected_sha256: str |
         return target
     if expected_sha256 and _sha256(source) != expected_sha256:
         raise BaseUnavailable(f"{source.name} is not the file that onebase was made for (SHA-256 differs)")
+    data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # adapters and the ledger come into it later
     target.parent.mkdir(parents=True, exist_ok=True)
     with _alone_in(target.parent):
         if not (target / "config.json").exists():  # asked again: whoever had the lock may have made it

@@ -89,6 +89,8 @@ class Store:
         self._swap = threading.Lock()
         self._graves: list[Path] = []
         with storage_errors("be prepared"):
+            for private in (root.parent, root):  # those that are there stay as they are
+                private.mkdir(mode=0o700, parents=True, exist_ok=True)
             for directory in (self._objects, self._names, self._staging):
                 directory.mkdir(parents=True, exist_ok=True)
             for stale in self._staging.iterdir():

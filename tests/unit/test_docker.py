@@ -157,7 +157,7 @@ def test_the_data_directory_is_a_volume_of_that_user() -> None:
     data = environment()["ONEBASE_DATA_DIR"]
     (volume,) = final("VOLUME")
     assert json.loads(volume.rest) == [data]
-    assert any(f"install -d -o onebase -g onebase {data}" in one.rest for one in final("RUN"))
+    assert any(f"install -d -m 700 -o onebase -g onebase {data}" in one.rest for one in final("RUN"))
 
 
 def test_preloaded_adapters_are_in_the_image() -> None:
