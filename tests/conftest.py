@@ -15,9 +15,15 @@ if not torch.cuda.is_available():
 
 from transformers.utils import logging as hf_logging
 
-from tests.databases import anyio_backend, database, database_url, postgres  # noqa: F401 - fixtures
+from tests.databases import anyio_backend, database, database_url, postgres, servers_databases  # noqa: F401 - fixtures
 
 hf_logging.disable_progress_bar()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--database postgresql`: servers that tests start use it, each a database of its own."""
+    kinds = ("sqlite", "postgresql")
+    parser.addoption("--database", choices=kinds, default=kinds[0], help="of the servers that tests start")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -98,6 +98,34 @@ def postgres() -> Iterator[Postgres]:
         server.stop()
 
 
+_servers: dict[Path, str] = {}  # the databases of servers by their data directories, with --database postgresql
+_cluster: list[Postgres] = []
+
+
+def of_server(data_dir: Path) -> dict[str, str]:
+    """The setting that gives the server of this data directory its database: always the same one, and nobody else's.
+    None with SQLite, which is in the data directory."""
+    if not _cluster:
+        return {}
+    if data_dir not in _servers:
+        _servers[data_dir] = _cluster[0].url(_cluster[0].create())
+    return {"database_url": _servers[data_dir]}
+
+
+def in_environment(data_dir: Path) -> dict[str, str]:
+    """`of_server` as variables of a process."""
+    return {f"ONEBASE_{name.upper()}": value for name, value in of_server(data_dir).items()}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def servers_databases(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Servers of this session use what `--database` says."""
+    if request.config.getoption("database") == "postgresql":
+        _cluster.append(request.getfixturevalue("postgres"))
+    yield
+    _cluster.clear()
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """An empty database of each kind."""

@@ -18,6 +18,7 @@ import uvicorn
 from server.app import create_app
 from server.run import DrainingServer
 from server.settings import Settings
+from tests.databases import of_server
 from tests.families import adapter_bytes, save_model, tokenizer
 
 ENVELOPE = {"message", "type", "param", "code"}
@@ -40,6 +41,7 @@ class Server:
 
     def __init__(self, base: Path, data_dir: Path, **settings: Any):
         defaults: dict[str, Any] = {"dtype": "float32", "device": "cpu", "kv_cache_tokens": 2048, "threads": 2}
+        defaults |= of_server(data_dir)
         self.settings = Settings(base=str(base), data_dir=data_dir, port=0, **{**defaults, **settings})
         self.app = create_app(self.settings)
         self.state = self.app.state.onebase

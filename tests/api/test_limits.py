@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from server.settings import Settings
+from tests.databases import in_environment
 from tests.serving import Server, chat_base, refused, until
 
 
@@ -96,7 +98,8 @@ class Process:
         command = [sys.executable, "-m", "server.cli", "serve"]
         command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+            env = os.environ | in_environment(data)
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=env)
         self.http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
 
     def ready(self) -> bool:

@@ -16,6 +16,7 @@ from server.tenants.claim import claimed
 from server.tenants.database import Database
 from server.tenants.ledger import Ledger
 from server.tenants.outbox import Deliverer
+from tests.databases import of_server
 from tests.harness import fresh_base
 
 pytestmark = pytest.mark.anyio
@@ -27,7 +28,9 @@ class NoDisk(OSError):
 
 @pytest.fixture
 def parts(base, tmp_path) -> tuple[State, Engine]:
-    small = {"device": "cpu", "dtype": "float32", "kv_cache_tokens": 1024, "threads": 1}
+    small: dict[str, Any] = {"device": "cpu", "dtype": "float32", "kv_cache_tokens": 1024, "threads": 1} | of_server(
+        tmp_path
+    )
     settings = Settings(base=str(base), data_dir=tmp_path, events_url="http://127.0.0.1:1/", **small)
     return app.build(settings, fresh_base(base))
 

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from server.cli import app
 from server.datadir import own
+from tests.databases import in_environment
 from tests.families import save_adapter
 from tests.serving import Server, chat_base
 
@@ -38,8 +39,9 @@ class Cli:
 @pytest.fixture(scope="module")
 def admin(base, tmp_path_factory):
     data = tmp_path_factory.mktemp("data")
-    (first,) = run("tenants", "admin-key", "--data-dir", data).stdout.split()
-    token = json.loads(run("tenants", "admin-key", "--data-dir", data, "--json").stdout)["token"]
+    env = in_environment(data)
+    (first,) = run("tenants", "admin-key", "--data-dir", data, env=env).stdout.split()
+    token = json.loads(run("tenants", "admin-key", "--data-dir", data, "--json", env=env).stdout)["token"]
     assert first != token, "both are valid"
     with Server(base, data, auth="on") as server:
         assert Cli(server, first)("tenants", "list", "--json")[0]["id"] == "default"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from server import demo
+from tests.databases import in_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.real
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.real
 
 def _demo(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     env = {name: value for name, value in os.environ.items() if not name.startswith(("ONEBASE_", "COLUMNS"))}
-    env |= {"TMPDIR": str(tmp_path)} | variables
+    env |= {"TMPDIR": str(tmp_path)} | in_environment(tmp_path) | variables
     command = [sys.executable, "-m", "server.demo"]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from server import demo
+from tests.databases import in_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,7 +41,14 @@ def _open(command: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in in_environment(tmp_path_factory.mktemp("data")).items():
+            patch.setenv(name, value)
+        yield from _served()
+
+
+def _served() -> Iterator[str]:
     with demo.server("--preload", str(demo.ADAPTERS)) as running:
         running.wait_ready()
         yield running.url

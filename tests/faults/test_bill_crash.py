@@ -31,6 +31,7 @@ from server.tenants.directory import Directory
 from server.tenants.keys import Scope
 from server.tenants.ledger import Ledger
 from server.tenants.tables import usage
+from tests.databases import of_server
 from tests.families import ATTENTION, save_adapter
 from tests.serving import chat_base
 
@@ -194,7 +195,7 @@ def check_open(one: Asked, row: Any, durable: float) -> int:
 async def test_the_bill_after_twenty_kills(tmp_path: Path) -> None:
     base = chat_base(tmp_path / "base", max_position_embeddings=4096)
     save_adapter(base, tmp_path / "adapters" / "mail", seed=1, r=4, lora_alpha=8, target_modules=ATTENTION)
-    url = f"sqlite:///{tmp_path / 'onebase.db'}"
+    url = of_server(tmp_path).get("database_url", f"sqlite:///{tmp_path / 'onebase.db'}")
     keys = await prepare(url)
     settings = {"base": str(base), "data_dir": str(tmp_path / "data"), "database_url": url, "auth": "on"}
     settings |= {"dtype": "float32", "device": "cpu", "threads": 1, "kv_cache_tokens": 32768}

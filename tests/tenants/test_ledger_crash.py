@@ -39,8 +39,8 @@ def _until_killed(url: str, prefix: str, seconds: float) -> list[str]:
     return whole.decode().split()
 
 
-async def test_every_acknowledged_record_is_there_once(tmp_path: Path) -> None:
-    url = f"sqlite:///{tmp_path / 'onebase.db'}"
+async def test_every_acknowledged_record_is_there_once(database_url: str) -> None:
+    url = database_url
     acknowledged: list[str] = []
     for number in range(ROUNDS):
         found = _until_killed(url, f"p{number}", random.uniform(0.0, 0.3))
