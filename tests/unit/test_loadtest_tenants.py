@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from docs import measured
-from loadtest import bars, lanes, tenants
+from loadtest import bars, lanes, tenants, unmetered
 from loadtest.client import Trace
 from loadtest.unmetered import Unwritten
 from loadtest.workload import Request
+from server.tenants.accounts import Accounts
 from server.tenants.database import open_database
 from tests.tenants.records import record, rows
 
@@ -38,6 +39,28 @@ async def test_the_unmetered_ledger_is_ready_at_once_and_writes_nothing(tmp_path
     await ledger.stop()
     assert not await rows(database)
     await database.close()
+
+
+@pytest.mark.anyio
+async def test_the_servers_accounts_take_the_ledger_that_they_are_given(tmp_path: Path) -> None:
+    database = await open_database(f"sqlite:///{tmp_path / 'db'}")
+    accounts, _ = await Accounts.open(database, ledger=Unwritten)
+    entry = accounts.admit(accounts.anybody(), "gen-1", 1, 1, None, batch=False)
+    entry.runs(lambda: (0, 1))
+    await entry.close("finished", "base", 1, 0, 1)
+    await accounts.close()
+    assert not await rows(database)
+    await database.close()
+
+
+def test_the_unmetered_server_is_the_server_with_that_ledger(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = []
+    monkeypatch.setattr(unmetered, "serve", lambda settings, *, ledger: served.append((settings, ledger)) or 0)
+    monkeypatch.setattr("sys.argv", ["unmetered", "serve", "--port", "8123"])
+    monkeypatch.setenv("ONEBASE_DTYPE", "bfloat16")
+    assert unmetered.main() == 0
+    ((settings, ledger),) = served
+    assert (settings.port, settings.dtype, ledger) == (8123, "bfloat16", Unwritten)
 
 
 def test_what_a_stream_got_becomes_figures() -> None:
