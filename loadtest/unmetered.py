@@ -9,8 +9,8 @@ import argparse
 import asyncio
 import sys
 
+from server.commands.client import settings_of
 from server.run import serve
-from server.settings import Settings
 from server.tenants.ledger import Ledger
 from server.tenants.record import Record
 
@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=("serve",))
     parser.add_argument("--port", type=int, required=True)
-    return serve(Settings(port=parser.parse_args().port), ledger=Unwritten)
+    return serve(settings_of({"port": parser.parse_args().port}), ledger=Unwritten)
 
 
 if __name__ == "__main__":

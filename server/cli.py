@@ -12,8 +12,8 @@ from loadtest import commands
 from server.commands import bill
 from server.commands.adapters import adapters
 from server.commands.client import settings_of
-from server.commands.prices import prices
 from server.commands.events import events
+from server.commands.prices import prices
 from server.commands.tenants import tenants
 from server.settings import Settings
 

@@ -60,12 +60,12 @@ def test_a_gigabyte_costs_what_the_book_says() -> None:
 async def test_many_samples_are_rounded_as_one(database: Database) -> None:
     """Each of these seconds alone would round to nothing."""
     held = Holdings(database, _book)
-    small = Held("acme", "mail", "storage", 100_000)
+    small = Held("acme", "mail", "storage", 400_000)
     for second in range(31):
         await held.sample(MIDNIGHT + second * DAY // 30 - (second == 30), [small])
     row = (await _lines(database))["mail", "storage", 20_000]
-    assert row.byte_seconds == 100_000 * (DAY - 1)
-    assert row.cost == 2  # 0.0001 GB at 20,000 micro-dollars a GB-day
+    assert row.byte_seconds == 400_000 * (DAY - 1)
+    assert row.cost == 2  # 0.0004 GB at 5,000 micro-dollars a GB-day
 
 
 async def test_a_restart_counts_nothing_twice_and_no_time_without_a_server(database: Database) -> None:
