@@ -140,7 +140,7 @@ async def test_a_new_price_holds_from_the_next_day_on(database: Database) -> Non
     book = replace(DEFAULT_BOOK, version=2, adapter_gb_day=7)
     await held.sample(MIDNIGHT + DAY + 10, [])
     lines = await _lines(database)
-    assert [(row.price_version, row.price) for row in lines.values()] == [(1, 20_000), (2, 7)]
+    assert [(row.price_version, row.price) for row in lines.values()] == [(1, DEFAULT_BOOK.adapter_gb_day), (2, 7)]
 
 
 STEP = st.tuples(st.integers(0, DAY), st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 10**9)))
