@@ -1,15 +1,15 @@
 """Whose step comes next: that of the shared lane, or that of a merged adapter's own. Plain Python, no torch.
 
-Every step of a lane reads weights of its own, so lanes take turns on the device, by weighted fair queueing in two
-levels (Demers, Keshav & Shenker 1989; in levels, Bennett & Zhang 1997): all merged lanes together against the shared
-one, then the merged lanes among each other. Whoever is furthest behind in time over its share goes next. Who has
-nothing to do neither loses nor saves: its clock joins the others' when it comes back.
+Every step of a lane reads weights of its own, so lanes take turns on the device, by weighted fair queueing in levels
+(Demers, Keshav & Shenker 1989; in levels, Bennett & Zhang 1997): all merged lanes together against the shared one, then
+the tenants that have work in merged lanes, then each tenant's merged lanes. Whoever is furthest behind in time over its
+share goes next. Who has nothing to do neither loses nor saves: its clock joins the others' when it comes back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from time import monotonic
 
@@ -20,6 +20,8 @@ MERGED = "#"  # the key of all merged lanes together
 MERGED_WAIT, SHARED_WAIT = 0.1, 1.0
 # How far the merged lanes' clock may run ahead for that: a second of work at a share of one half.
 _DEBT = 2.0
+# Seconds that a tenant, or one of its lanes, may run ahead of others for the sake of first tokens.
+AHEAD = 1.0
 
 
 class Urgency(IntEnum):
@@ -28,7 +30,11 @@ class Urgency(IntEnum):
     BATCH, NEXT, FIRST = range(3)
 
 
-@dataclass
+# By lane and tenant: what the tenant's most urgent request in the lane waits for.
+Busy = Mapping[str, Mapping[str, Urgency]]
+
+
+@dataclass(slots=True)
 class _Turn:
     clock: float
     since: float  # when it last had a turn, or came with work
@@ -42,12 +48,13 @@ class _Clocks:
         self._busy: frozenset[str] = frozenset()
 
     def join(self, busy: Collection[str], now: float) -> None:
-        """Those who have work now; newcomers begin where the others are."""
+        """Those who have work now; newcomers begin where the others are. Where there are no others they begin where
+        the furthest of all was, or who comes back after them would wait for what was long ago."""
         still = self._busy & set(busy)
-        start = min((self.turns[one].clock for one in still), default=0.0)
+        start = self.least(still) if still else max((one.clock for one in self.turns.values()), default=0.0)
         for one in set(busy) - still:
             known = self.turns.get(one)
-            self.turns[one] = _Turn(max(start, known.clock) if known and still else start, now)
+            self.turns[one] = _Turn(max(start, known.clock) if known else start, now)
         self._busy = frozenset(busy)
 
     def spent(self, one: str, seconds: float, now: float) -> None:
@@ -57,29 +64,95 @@ class _Clocks:
             turn.clock += seconds
             turn.since = now
 
+    def least(self, some: Collection[str]) -> float:
+        """The clock of whoever of `some`, who have joined, is furthest behind; 0 for nobody."""
+        return min((self.turns[one].clock for one in some), default=0.0)
+
     def forget(self, one: str) -> None:
         self.turns.pop(one, None)
         self._busy -= {one}
 
 
+@dataclass(slots=True)
+class _Tenant:
+    """A tenant's merged lanes, and how much it is to have beside others. It is known as long as one of these lanes
+    is."""
+
+    weight: float = 1.0
+    lanes: _Clocks = field(default_factory=_Clocks)
+
+
+class _Merged:
+    """The merged lanes among each other, by the tenants whose requests are in them.
+
+    A step is charged to the tenant whose turn it was, whoever else has rows in it: what each has of the steps of one
+    lane is settled there (shares.py). So every tenant with work in some lane has its turns, however far the others
+    that it shares the lane with may be ahead or behind.
+    """
+
+    def __init__(self, weight: Callable[[str], float]):
+        self._weight = weight
+        self._clocks = _Clocks()  # of tenants
+        self._tenants: dict[str, _Tenant] = {}
+        self._payers: dict[str, str] = {}  # by lane: who is charged for its next step
+
+    def order(self, busy: Busy, now: float) -> list[str]:
+        """The lanes, who is to go first first; each has the place of whoever brings it furthest to the front."""
+        lanes: dict[str, list[str]] = {}  # by tenant
+        for lane, tenants in busy.items():
+            for name in tenants:
+                lanes.setdefault(name, []).append(lane)
+        self._clocks.join(lanes, now)
+        least = self._clocks.least(lanes)
+        places: list[tuple[bool, float, float, str, str]] = []
+        for name, own in lanes.items():
+            tenant = self._tenants.setdefault(name, _Tenant())
+            tenant.weight = self._weight(name)
+            tenant.lanes.join(own, now)
+            clock, first = self._clocks.turns[name].clock, tenant.lanes.least(own)
+            may_hurry = (clock - least) * tenant.weight < AHEAD
+            for lane in own:
+                had = tenant.lanes.turns[lane].clock
+                hurries = may_hurry and busy[lane][name] == Urgency.FIRST and had - first < AHEAD
+                places.append((not hurries, clock, had, name, lane))
+        self._payers = {}
+        for *_, name, lane in sorted(places):
+            self._payers.setdefault(lane, name)
+        return list(self._payers)
+
+    def spent(self, lane: str, seconds: float, now: float) -> None:
+        name = self._payers.get(lane, "")
+        tenant = self._tenants.get(name)
+        if tenant is not None:
+            self._clocks.spent(name, seconds / tenant.weight, now)
+            tenant.lanes.spent(lane, seconds, now)
+
+    def forget(self, lane: str) -> None:
+        for name, tenant in list(self._tenants.items()):
+            tenant.lanes.forget(lane)
+            if not tenant.lanes.turns:
+                del self._tenants[name]
+                self._clocks.forget(name)
+
+
 class Lanes:
-    """`share` is what the merged lanes have together of the device's time while the shared lane has work as well."""
+    """`share` is what the merged lanes have together of the device's time while the shared lane has work as well;
+    `weight` says what part of that a tenant has beside others."""
 
-    def __init__(self, share: float, now: Callable[[], float] = monotonic):
+    def __init__(self, share: float, weight: Callable[[str], float], now: Callable[[], float] = monotonic):
         self.share, self._now = share, now
-        self._sides, self._merged = _Clocks(), _Clocks()  # SHARED and MERGED; each merged lane
+        self._sides, self._merged = _Clocks(), _Merged(weight)  # SHARED and MERGED; the merged lanes
 
-    def order(self, busy: Mapping[str, Urgency]) -> list[str]:
-        """The lanes with work, who is to go first first, by what the most urgent request of each waits for."""
+    def order(self, busy: Busy) -> list[str]:
+        """The lanes with work, who is to go first first."""
         now = self._now()
-        merged = [lane for lane in busy if lane != SHARED]
+        merged = {lane: tenants for lane, tenants in busy.items() if lane != SHARED}
         self._sides.join([side for side, some in ((SHARED, SHARED in busy), (MERGED, merged)) if some], now)
-        self._merged.join(merged, now)
-        merged.sort(key=lambda lane: (busy[lane] < Urgency.FIRST, self._merged.turns[lane].clock))
+        lanes = self._merged.order(merged, now)
         if SHARED not in busy or not merged:
-            return merged or list(busy)
-        first = self._merged_first(max(busy[lane] for lane in merged), now)
-        return [*merged, SHARED] if first else [SHARED, *merged]
+            return lanes or list(busy)
+        first = self._merged_first(max(max(tenants.values()) for tenants in merged.values()), now)
+        return [*lanes, SHARED] if first else [SHARED, *lanes]
 
     def spent(self, lane: str, seconds: float) -> None:
         """`lane` has had a step of so many seconds; if it was its last, it may be no more."""

@@ -64,14 +64,15 @@ class Scheduler:
         if sequence is self._short:
             self._short = None
 
-    def lanes(self) -> dict[str, Urgency]:
-        """The lanes with work, and what the most urgent request of each waits for."""
-        found: dict[str, Urgency] = {}
+    def lanes(self) -> dict[str, dict[str, Urgency]]:
+        """The lanes with work, and what the most urgent request of each tenant in it waits for."""
+        found: dict[str, dict[str, Urgency]] = {}
         for sequence in (*self.running, *(one for one in self.waiting if one.request.ready)):
-            lane, urgency = sequence.request.lane, Urgency.NEXT if sequence.produced else Urgency.FIRST
-            if sequence.request.submit.batch:
+            submit, urgency = sequence.request.submit, Urgency.NEXT if sequence.produced else Urgency.FIRST
+            if submit.batch:
                 urgency = Urgency.BATCH
-            found[lane] = max(found.get(lane, urgency), urgency)
+            tenants = found.setdefault(sequence.request.lane, {})
+            tenants[submit.tenant] = max(tenants.get(submit.tenant, urgency), urgency)
         return found
 
     def decoding(self, lane: str) -> int:

@@ -64,6 +64,10 @@ class Shares:
         """The account of a sequence that has entered."""
         return self._tenants[sequence.request.submit.tenant]
 
+    def weight(self, tenant: str) -> float:
+        """The part of a tenant with work beside the others'."""
+        return self._tenants[tenant].weight
+
     def enter(self, sequence: Sequence) -> None:
         """A sequence has come. A tenant that had no work begins behind the others by as much as they may be ahead of
         one that asks for little, or where it left: being idle saves no more than that."""

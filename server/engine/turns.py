@@ -7,7 +7,7 @@ from time import monotonic
 
 from server.engine.automerge import AutoMerge
 from server.engine.costs import SMALLEST, StepCosts
-from server.engine.lanes import SHARED, Lanes, Urgency
+from server.engine.lanes import SHARED, Busy, Lanes, Urgency
 from server.engine.messages import Merge, Unmerge
 from server.engine.scheduler import Scheduler, Work
 
@@ -21,7 +21,7 @@ class Turns:
     from that when a lane pays."""
 
     def __init__(self, scheduler: Scheduler, share: float, now: Callable[[], float] = monotonic):
-        self._scheduler, self._lanes = scheduler, Lanes(share)
+        self._scheduler, self._lanes = scheduler, Lanes(share, scheduler.shares.weight, now)
         self.auto: AutoMerge | None = None
         self._merged, self._shared = StepCosts(), StepCosts()
         self._chunked = False  # whether the last step held a shared prompt's chunk
@@ -63,17 +63,17 @@ class Turns:
         """The lane is no more."""
         self._lanes.forget(lane)
 
-    def _in_turn(self, busy: dict[str, Urgency]) -> list[str]:
+    def _in_turn(self, busy: Busy) -> list[str]:
         """After one chunk of a shared prompt a merged lane comes first, whatever the clocks say."""
         order = self._lanes.order(busy)
-        if self._chunked and any(urgency > Urgency.BATCH for lane, urgency in busy.items() if lane != SHARED):
+        if self._chunked and _urgent(busy):
             order.sort(key=lambda lane: lane == SHARED)
         return order
 
-    def _chunk(self, busy: dict[str, Urgency]) -> int | None:
+    def _chunk(self, busy: Busy) -> int | None:
         """So many tokens of prompts that the shared step takes what is due to it beside a merged one, or twice what its
         decodes take without them; None: no bound, as nobody in a merged lane waits for a token, or comes back soon."""
-        urgent = [lane for lane, urgency in busy.items() if lane != SHARED and urgency > Urgency.BATCH]
+        urgent = _urgent(busy)
         if not self._merged or (not urgent and self._now() - self._urgent_at > LINGER):
             return None
         rows = max((self._scheduler.decoding(lane) for lane in urgent), default=1)
@@ -84,3 +84,8 @@ class Turns:
             # them would decode at a time, which costs more by the token.
             due = max(due, 2 * self._shared.seconds(decoding))
         return max(self._shared.tokens_within(due, most) - decoding, LEAST)
+
+
+def _urgent(busy: Busy) -> list[str]:
+    """The merged lanes in which there is more than batch work."""
+    return [lane for lane, tenants in busy.items() if lane != SHARED and max(tenants.values()) > Urgency.BATCH]

@@ -6,24 +6,40 @@ import itertools
 
 import pytest
 
-from server.engine.lanes import MERGED_WAIT, SHARED, SHARED_WAIT, Lanes, Urgency
+from server.core import DEFAULT_TENANT
+from server.engine.lanes import AHEAD, MERGED_WAIT, SHARED, SHARED_WAIT, Lanes, Urgency
 
 
 class World:
-    """Lanes that are always busy unless told otherwise, with steps of a fixed length each."""
+    """Lanes that are always busy unless told otherwise, with steps of a fixed length each. `tenants` have work in a
+    lane, the default one where nobody is named; `weights` that differ from 1."""
 
-    def __init__(self, share: float, steps: dict[str, float]):
-        self.time, self.steps = 0.0, steps
-        self.lanes = Lanes(share, lambda: self.time)
+    def __init__(
+        self,
+        share: float,
+        steps: dict[str, float],
+        tenants: dict[str, str] | None = None,
+        weights: dict[str, float] | None = None,
+    ):
+        self.time, self.steps, self.tenants = 0.0, steps, tenants or {}
+        self.lanes = Lanes(share, lambda tenant: (weights or {}).get(tenant, 1.0), lambda: self.time)
         self.spent = dict.fromkeys(steps, 0.0)
         self.log: list[str] = []
+
+    def busy(self, lane: str, urgency: Urgency) -> dict[str, Urgency]:
+        return dict.fromkeys(self.tenants.get(lane, DEFAULT_TENANT).split(), urgency)
+
+    def part(self, *lanes: str) -> float:
+        """Of the time that merged lanes had."""
+        merged = sum(seconds for lane, seconds in self.spent.items() if lane != SHARED)
+        return sum(self.spent[lane] for lane in lanes) / merged
 
     def run(
         self, seconds: float, busy: list[str] | None = None, new: tuple[str, ...] = (), batch: tuple[str, ...] = ()
     ) -> None:
         end = self.time + seconds
         while self.time < end:
-            lane = self.lanes.order({one: urgency(one, new, batch) for one in busy or self.steps})[0]
+            lane = self.lanes.order({one: self.busy(one, urgency(one, new, batch)) for one in busy or self.steps})[0]
             self.time += self.steps[lane]
             self.spent[lane] += self.steps[lane]
             self.lanes.spent(lane, self.steps[lane])
@@ -82,7 +98,7 @@ def test_first_tokens_come_before_the_shared_lane_until_it_has_waited_long() -> 
 
 def test_a_merged_lane_in_debt_waits_no_longer_than_its_bound() -> None:
     world = World(0.5, {SHARED: 0.02, "a#1": 0.01})
-    world.lanes.order(dict.fromkeys(world.steps, Urgency.NEXT))
+    world.lanes.order({lane: world.busy(lane, Urgency.NEXT) for lane in world.steps})
     world.lanes.spent("a#1", 0.5)
     world.run(3)
     places = [at for at, lane in enumerate(world.log) if lane == "a#1"]
@@ -93,8 +109,9 @@ def test_a_lane_that_is_no_more_leaves_nothing() -> None:
     world = World(0.5, {SHARED: 0.02, "a#1": 0.01})
     world.run(1)
     world.lanes.forget("a#1")
-    assert world.lanes.order({SHARED: Urgency.NEXT}) == [SHARED]
-    assert "a#1" not in world.lanes._merged.turns
+    assert world.lanes.order({SHARED: world.busy(SHARED, Urgency.NEXT)}) == [SHARED]
+    assert not world.lanes._merged._tenants
+    assert not world.lanes._merged._clocks.turns
 
 
 @pytest.mark.parametrize(
@@ -117,3 +134,64 @@ def test_a_lane_of_batch_work_has_its_share_and_no_more() -> None:
     world.log.clear()
     world.run(0.5, batch=("a#1",))
     assert "a#1" not in world.log, "it waits until it is behind again"
+
+
+def test_who_comes_back_after_everybody_had_gone_waits_for_nothing_of_the_past() -> None:
+    world = World(0.5, {SHARED: 0.02, "a#1": 0.01, "b#2": 0.01})
+    world.run(60)
+    world.run(0.1, busy=[SHARED])
+    world.run(0.1, busy=["a#1"])  # nobody of those who were last busy
+    before = dict(world.spent)
+    world.run(2)
+    assert abs(world.spent[SHARED] - before[SHARED] - 1) < 0.1
+    assert abs(world.spent["b#2"] - before["b#2"] - 0.5) < 0.1
+
+
+FIVE = {f"many#{at}": 0.01 for at in range(5)}
+
+
+def test_five_lanes_of_one_tenant_have_no_more_than_one_of_another() -> None:
+    world = World(0.5, {SHARED: 0.02, "one#9": 0.013, **FIVE}, {"one#9": "ann", **dict.fromkeys(FIVE, "bob")})
+    world.run(40)
+    assert abs(world.spent[SHARED] / world.time - 0.5) < 0.01, "nor do they take of the shared lane's part"
+    assert abs(world.part("one#9") - 0.5) < 0.01
+    each = [world.spent[lane] for lane in FIVE]
+    assert max(each) - min(each) < 0.03, "its own share that part alike"
+    world.run(5, busy=list(FIVE))
+    assert world.log[-1] in FIVE, "what the other does not use is theirs"
+
+
+def test_tenants_have_time_by_their_weights() -> None:
+    world = World(0.5, {"one#9": 0.01, **FIVE}, {"one#9": "ann", **dict.fromkeys(FIVE, "bob")}, {"ann": 3.0})
+    world.run(40)
+    assert abs(world.part("one#9") - 0.75) < 0.01
+
+
+def test_a_lane_of_several_tenants_has_the_turns_of_all_of_them() -> None:
+    lanes = {"house#1": 0.01, "own#2": 0.01, "other#3": 0.01}
+    world = World(0.5, lanes, {"house#1": "ann bob", "own#2": "bob", "other#3": "cyd"})
+    world.run(60)
+    assert abs(world.part("house#1") - 1 / 2) < 0.01, "all of one tenant's third, and half of another's"
+    assert abs(world.part("own#2") - 1 / 6) < 0.01
+    assert abs(world.part("other#3") - 1 / 3) < 0.01
+
+
+def test_a_flood_of_first_tokens_does_not_take_another_tenants_part_or_that_of_its_own_lanes() -> None:
+    world = World(0.5, {"flood#1": 0.05, "calm#2": 0.01, "own#3": 0.01}, {"flood#1": "f", "calm#2": "c", "own#3": "f"})
+    world.run(0.5, new=("flood#1",))
+    assert set(world.log) == {"flood#1"}, "first tokens come first"
+    world.run(60, new=("flood#1",))
+    assert abs(world.spent["calm#2"] - world.time / 2) < AHEAD + 0.1
+    assert abs(world.spent["own#3"] - world.time / 4) < AHEAD + 0.1
+
+
+def test_tenants_come_and_go_and_leave_nothing() -> None:
+    world = World(0.5, {"a#1": 0.01, "b#2": 0.01}, {"a#1": "ann bob", "b#2": "bob"})
+    world.run(1)
+    world.lanes.forget("a#1")
+    world.lanes.spent("a#1", 0.01)  # its last step
+    assert set(world.lanes._merged._tenants) == {"bob"}
+    world.run(1, busy=["b#2"])
+    world.lanes.forget("b#2")
+    assert not world.lanes._merged._tenants
+    assert not world.lanes._merged._clocks.turns

@@ -313,15 +313,16 @@ def test_a_step_is_one_lanes() -> None:
     scheduler = scheduler_of()
     for order, lane in enumerate([SHARED, "a#1", SHARED, "b#2", "a#1"]):
         scheduler.add(laned(order, 3, lane))
-    assert scheduler.lanes() == dict.fromkeys((SHARED, "a#1", "b#2"), Urgency.FIRST)
+    first = {DEFAULT_TENANT: Urgency.FIRST}
+    assert scheduler.lanes() == dict.fromkeys((SHARED, "a#1", "b#2"), first)
     work = scheduler.schedule("a#1")
     assert orders(work) == [1, 4]
     play(scheduler, work)
-    assert scheduler.lanes()["a#1"] == Urgency.NEXT
+    assert scheduler.lanes()["a#1"] == {DEFAULT_TENANT: Urgency.NEXT}
     scheduler.add(laned(9, 3, "b#2", batch=True))
     scheduler.add(laned(10, 3, "c#3", batch=True))
-    assert scheduler.lanes()["b#2"] == Urgency.FIRST
-    assert scheduler.lanes()["c#3"] == Urgency.BATCH
+    assert scheduler.lanes()["b#2"] == first
+    assert scheduler.lanes()["c#3"] == {DEFAULT_TENANT: Urgency.BATCH}
     assert scheduler.decoding("a#1") == 2
     assert scheduler.decoding(SHARED) == 0
     assert orders(scheduler.schedule()) == [0, 2]

@@ -68,3 +68,26 @@ def test_without_a_merged_row_for_a_while_prompts_are_not_cut() -> None:
 def test_batch_work_in_a_merged_lane_cuts_no_prompts() -> None:
     world = World(batch=True)
     assert max(sum(item.count for item in world.step()[1]) for _ in range(10)) == 64
+
+
+def test_tenants_in_one_lane_and_in_several_each_have_their_turns() -> None:
+    """Ann and Bob use the house's lane, she with many rows; Bob, who is ahead by his tokens in two lanes of his own and
+    so not in every step of the house's, costs Cyd nothing."""
+    scheduler = scheduler_of(blocks=2000, tokens=16, running=32)
+    turns = Turns(scheduler, 0.5, lambda: 0.0)
+    lanes = ["house#1"] * 12 + ["bob#2", "bob#3", "house#1", "cyd#4"]
+    tenants = ["ann"] * 12 + ["bob"] * 3 + ["cyd"]
+    for order, (lane, tenant) in enumerate(zip(lanes, tenants, strict=True)):
+        row = laned(order, 1, lane)
+        row.request.submit.tenant = tenant
+        scheduler.add(row)
+    spent = dict.fromkeys(lanes, 0.0)
+    for _ in range(1200):
+        lane, work = turns.next()
+        turns.taken(lane, work, 0.01)
+        play(scheduler, work)
+        spent[lane] += 0.01
+    parts = {lane: seconds / sum(spent.values()) for lane, seconds in spent.items()}
+    assert abs(parts["cyd#4"] - 1 / 3) < 0.1
+    assert abs(parts["house#1"] - 4 / 9) < 0.1
+    assert abs(parts["bob#2"] - 1 / 9) < 0.1
