@@ -87,7 +87,7 @@ def _lanes(s: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily(
         "onebase_merged_byte_seconds",
         "Bytes times seconds of the merged copies that were asked for.",
-        sum(s.merged_byte_seconds.values()),
+        s.merged_byte_seconds,
     )
     changes = CounterMetricFamily("onebase_lane_changes", "Copies made and given up.", labels=["change", "reason"])
     for (change, reason), count in sorted(s.lane_changes.items()):

@@ -17,11 +17,12 @@ from typing import Protocol
 from server.core import AdapterRef
 from server.engine.automerge import AutoMerge
 from server.engine.blocks import chain_seed
+from server.engine.building import Builder
 from server.engine.calibrate import calibrate
 from server.engine.figures import Figures
 from server.engine.lanes import SHARED
 from server.engine.loading import AdapterLoader
-from server.engine.merging import Builder, LaneMessage, MergedCopies
+from server.engine.merging import LaneMessage, MergedCopies
 from server.engine.messages import (
     Cancel,
     Delta,

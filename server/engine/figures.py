@@ -26,4 +26,4 @@ class Figures(Stats):
         if merged or self.copies or self.merged_bytes:
             merged.count()
             self.copies, self.merged_bytes = merged.figures(), merged.nbytes
-            self.merged_byte_seconds, self.lane_changes = dict(merged.byte_seconds), dict(merged.changes)
+            self.merged_byte_seconds, self.lane_changes = merged.byte_seconds, dict(merged.changes)

@@ -1,8 +1,8 @@
 """The merged copies: who has one, what they take, who waits for one, and who still runs on one.
 
-Everything but fetching and building happens on the engine's thread, so there are no locks. A copy belongs to one
-version of one adapter's name. Its lane's key is its own: a copy that is made anew after it was given up is another
-lane.
+All of it happens on the engine's thread, so there are no locks; building.py makes the copies beside it. A copy
+belongs to one version of one adapter's name. Its lane's key is its own: a copy that is made anew after it was given up
+is another lane.
 
 Copies are asked for, or made by the engine itself (automerge.py): those make way for one that was asked for, and never
 the other way round.
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import Protocol, cast
+from typing import cast
 
 from server.core import AdapterRef
+from server.engine.building import Builder, BuildingThread
 from server.engine.messages import Built, CopyFigures, LaneChanged, Merge, Unmerge, Weighed
-from server.errors import AdapterUnavailable, Conflict, OnebaseError
+from server.errors import Conflict, OnebaseError
 from server.lora.merge import MergedCopy
 from server.lora.weights import AdapterWeights
 
@@ -35,14 +35,6 @@ Name = tuple[str, str]  # tenant and adapter
 def name_of(adapter: AdapterRef) -> Name:
     """Whose adapter it is, and which, whatever the version."""
     return adapter.tenant, adapter.name
-
-
-class Builder(Protocol):
-    """What makes the copies; called on the building thread."""
-
-    def merged_bytes(self, weights: AdapterWeights) -> int: ...
-
-    def merge(self, weights: AdapterWeights) -> MergedCopy: ...
 
 
 @dataclass(eq=False)
@@ -78,14 +70,13 @@ class MergedCopies:
         most: int,
         now: Callable[[], float] = monotonic,
     ):
-        self._builder, self._fetch, self._post, self._answer = builder, fetch, post, answer
+        self._thread, self._answer = BuildingThread(builder, fetch, post), answer
         self._freed, self.most, self._now = freed, most, now
         self._active: dict[AdapterRef, Held] = {}  # made or on their way
         self._leaving: list[Held] = []  # given up, and still in use
-        self.byte_seconds: defaultdict[Name, float] = defaultdict(float)  # of copies that were asked for
+        self.byte_seconds = 0.0  # of copies that were asked for
         self.changes: Counter[tuple[str, str]] = Counter()  # ("merge" | "unmerge", reason)
         self._numbers = itertools.count(1)
-        self._threads = ThreadPoolExecutor(1, "onebase-merge")
 
     def __bool__(self) -> bool:
         return bool(self._active or self._leaving)
@@ -186,7 +177,7 @@ class MergedCopies:
             self._fail(held, self._full(held, message.nbytes))
         else:
             held.nbytes, held.counted = message.nbytes, self._now()
-            self._threads.submit(self._build, held.lane, cast(AdapterWeights, message.weights))
+            self._thread.build(held.lane, cast(AdapterWeights, message.weights))
 
     def built(self, message: Built) -> None:
         """The copy takes requests from now on."""
@@ -212,7 +203,7 @@ class MergedCopies:
 
     def close(self) -> None:
         """Waits for a copy that is being made."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._thread.close()
 
     def _all(self) -> list[Held]:
         """Those that take requests or will, and those that are still in use."""
@@ -224,7 +215,7 @@ class MergedCopies:
     def _begin(self, adapter: AdapterRef, reason: str = "asked") -> Held:
         held = Held(adapter, f"{adapter.name}#{next(self._numbers)}", reason)
         self._active[adapter] = held
-        self._threads.submit(self._weigh, held.lane, adapter.key)
+        self._thread.weigh(held.lane, adapter.key)
         return held
 
     def _make_room(self, held: Held, nbytes: int) -> bool:
@@ -288,7 +279,7 @@ class MergedCopies:
 
     def _count(self, held: Held, now: float) -> None:
         if held.nbytes and not held.automatic:
-            self.byte_seconds[name_of(held.adapter)] += held.nbytes * (now - held.counted)
+            self.byte_seconds += held.nbytes * (now - held.counted)
         held.counted = now
 
     def _fail(self, held: Held, fault: OnebaseError) -> None:
@@ -302,22 +293,3 @@ class MergedCopies:
         for asker in held.askers:
             self._answer(LaneChanged(asker, fault))
         held.askers.clear()
-
-    def _weigh(self, lane: str, key: str) -> None:
-        try:
-            weights = self._fetch(key)
-            self._post(Weighed(lane, weights, self._builder.merged_bytes(weights), None))
-        except OnebaseError as fault:
-            self._post(Weighed(lane, None, 0, fault))
-        except Exception:  # whoever waits must hear of it
-            log.exception("fetching an adapter to merge failed")
-            self._post(Weighed(lane, None, 0, AdapterUnavailable("the adapter could not be loaded")))
-
-    def _build(self, lane: str, weights: AdapterWeights) -> None:
-        try:
-            self._post(Built(lane, self._builder.merge(weights), None))
-        except OnebaseError as fault:
-            self._post(Built(lane, None, fault))
-        except Exception:
-            log.exception("merging an adapter failed")
-            self._post(Built(lane, None, AdapterUnavailable("the adapter could not be merged")))

@@ -228,9 +228,9 @@ class Stats:
     way began, None between steps; `failed_steps` counts those that failed since the last that did not. `slot_bytes`
     are the adapters on the device. `prefetches` counts those that have ended by what came of them: "used", "unused" or
     "failed". `copies` are the merged copies that take requests, `merged_bytes` what all take, `merged_byte_seconds`
-    bytes times seconds of those that were asked for, by (tenant, adapter); `lane_changes` counts them by ("merge" or
-    "unmerge", why). `shares` are the tenants with work and those that lately had some; who comes back after a while
-    counts from nothing again.
+    bytes times seconds of those that were asked for; `lane_changes` counts them by ("merge" or "unmerge", why).
+    `shares` are the tenants with work and those that lately had some; who comes back after a while counts from nothing
+    again.
     """
 
     steps: int = 0
@@ -255,6 +255,6 @@ class Stats:
     outcomes: dict[str, int] = field(default_factory=dict)
     copies: dict[AdapterRef, CopyFigures] = field(default_factory=dict)
     merged_bytes: int = 0
-    merged_byte_seconds: dict[tuple[str, str], float] = field(default_factory=dict)
+    merged_byte_seconds: float = 0.0
     lane_changes: dict[tuple[str, str], int] = field(default_factory=dict)
     shares: dict[str, ShareFigures] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from server.core import DEFAULT_TENANT, AdapterRef
+from server.core import AdapterRef
 from server.engine.merging import MergedCopies
 from server.engine.messages import Built, LaneChanged, Merge, Unmerge, Weighed
 from server.errors import AdapterUnavailable, Conflict
@@ -95,7 +95,7 @@ def test_a_copy_is_made_used_and_freed(desk: Desk) -> None:
     assert not desk.copies
     assert desk.copies.copy_of(held.lane) is None
     assert desk.freed == [held.lane]
-    assert desk.copies.byte_seconds[DEFAULT_TENANT, "a"] > 0
+    assert desk.copies.byte_seconds > 0
     assert desk.copies.changes == {("merge", "asked"): 1, ("unmerge", "asked"): 1}
 
 
@@ -212,7 +212,7 @@ def test_one_that_nobody_asked_for_is_not_on_the_bill_until_somebody_does(desk: 
     assert desk.answers.pop() == LaneChanged("m")
     assert desk.copies.automatic() == {}
     desk.copies.count()
-    assert desk.copies.byte_seconds[DEFAULT_TENANT, "a"] == SIZE
+    assert desk.copies.byte_seconds == SIZE
     assert desk.copies.changes == {("merge", "alone"): 1}
 
 
