@@ -56,6 +56,7 @@ TENANT = {
     "classes": "the `priority` that its requests may ask for; both at first",
     "max_adapters": "adapters that it may store",
     "max_adapter_bytes": "bytes that it may store",
+    "max_merged_bytes": "bytes of merged copies that it may ask for; null: half of `MERGED_BYTES`",
     "customer": "what the billing system calls it, where that is not `id`",
     "disabled": "whether its keys are refused; `PATCH` only",
     "limits.rpm_limit": "requests a minute",

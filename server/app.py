@@ -104,7 +104,7 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
             print(f"The admin key, for AUTH=on; it is shown this once:\n{token}", file=sys.stderr, flush=True)
         state.client.attach(engine)
         stack.push_async_callback(state.client.close)
-        state.registry.lanes = EngineLanes(state.client)
+        state.registry.lanes = EngineLanes(state)
         restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
         stack.push_async_callback(_ended, restoring)
         await stack.enter_async_context(Sampler(state))

@@ -268,11 +268,13 @@ def _status(state: State, caller: Principal, found: Named) -> dict[str, Any]:
     activity = state.activity.get((found.owner, version.name)) if own else None
     activity = activity or Activity()
     figures = state.client.lane(ref)
+    note = state.client.stats.lane_notes.get((found.owner, version.name)) if own and figures is None else None
     return _plain(version) | {
         "own": own,
         "public": found.public,
         "residency": _residency(state, ref.key),
         "lane": "shared" if figures is None else "merged",
+        "lane_note": note,
         "pinned": own and figures is not None and figures.pinned,
         "in_flight": activity.in_flight,
         "last_used": activity.last_used,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from server.api.state import State
 from server.core import AdapterRef
-from server.engine.client import EngineClient
-from server.errors import OnebaseError
+from server.errors import OnebaseError, TenantNotFound
 from server.registry.registry import Registry
 
 log = logging.getLogger("onebase.api")
@@ -18,13 +19,13 @@ log = logging.getLogger("onebase.api")
 class EngineLanes:
     """Never called on the event loop, which does the waiting."""
 
-    def __init__(self, client: EngineClient):
-        self._client = client
+    def __init__(self, state: State):
+        self._state, self._client = state, state.client
 
     def enter(self, adapter: AdapterRef, pinned: bool, *, keeps: bool = False) -> None:
         """Returns when the adapter has its own lane. Raises Conflict when there is no room; where it `keeps` others,
         none of them makes way."""
-        self._wait(self._client.merge(adapter, pinned=pinned, keeps=keeps))
+        self._wait(self._enter(adapter, pinned, keeps))
 
     def leave(self, adapter: AdapterRef, *, asked: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; `asked` if somebody wants it in the shared one."""
@@ -38,9 +39,25 @@ class EngineLanes:
         figures = self._client.lane(adapter)
         return None if figures is None or figures.automatic else figures.pinned
 
+    async def _enter(self, adapter: AdapterRef, pinned: bool, keeps: bool) -> None:
+        part = merged_part(self._state, adapter.tenant)
+        await self._client.merge(adapter, pinned=pinned, keeps=keeps, part=part)
+
     def _wait(self, change: Coroutine[Any, Any, None]) -> None:
         assert self._client.loop is not None
         asyncio.run_coroutine_threadsafe(change, self._client.loop).result()
+
+
+def merged_part(state: State, tenant: str) -> int | None:
+    """Bytes of merged copies that a tenant may ask for; None is no bound. Where keys tell several tenants apart, one
+    that is not told otherwise may have half of MERGED_BYTES. Called on the event loop, as the directory is."""
+    most, directory = state.settings.merged_bytes, state.accounts.directory
+    with contextlib.suppress(TenantNotFound):  # a database without it: its adapters are still there
+        own = directory.show(tenant).max_merged_bytes
+        if own is not None:
+            return min(own, most)
+    several = state.settings.auth == "on" and len(directory.tenants(limit=2)) > 1
+    return most // 2 if several else None
 
 
 def restore(registry: Registry) -> None:

@@ -159,12 +159,13 @@ class AdapterInfo(BaseModel):
 
 class AdapterStatus(AdapterInfo):
     """The current version and where it is. Of an adapter that another tenant has published, nothing tells what others
-    do with it: `pinned` is false, `in_flight` and `requests` are 0 and `last_used` is null."""
+    do with it: `lane_note` is null, `pinned` is false, `in_flight` and `requests` are 0 and `last_used` is null."""
 
     own: bool
     public: bool
     residency: Literal["disk", "ram", "device"]
     lane: Literal["shared", "merged"]
+    lane_note: str | None
     pinned: bool
     in_flight: int
     last_used: float | None

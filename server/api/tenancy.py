@@ -27,7 +27,7 @@ RankClass = Annotated[
 RankClasses = Annotated[list[RankClass], Field(max_length=MAX_CLASSES)]
 Priorities = Annotated[list[Literal["interactive", "batch"]], Field(max_length=2)]
 Moment = Annotated[str, StringConstraints(min_length=1, max_length=40)] | Annotated[float, Field(ge=0, lt=2**43)]
-_NULLABLE = {"max_adapters", "max_adapter_bytes", "customer"}
+_NULLABLE = {"max_adapters", "max_adapter_bytes", "max_merged_bytes", "customer"}
 
 
 class LimitsBody(Strict):
@@ -62,6 +62,7 @@ class TenantBody(Strict):
     classes: Priorities | None = None
     max_adapters: Annotated[int, Field(ge=0, le=MAX_COUNT)] | None = None
     max_adapter_bytes: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = None
+    max_merged_bytes: Annotated[int, Field(ge=0, le=MAX_BYTES)] | None = None
     customer: Text | None = None
 
     def changes(self, tenant: Tenant, book: PriceBook) -> dict[str, Any]:
@@ -139,6 +140,7 @@ class TenantInfo(BaseModel):
     classes: list[str]
     max_adapters: int | None
     max_adapter_bytes: int | None
+    max_merged_bytes: int | None
     customer: str | None
     running: int
     budget_left: int | None

@@ -76,6 +76,7 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "classes": ("", _list, "comma list of interactive, batch"),
     "max_adapters": ("", _number, "adapters that it may store"),
     "max_adapter_bytes": ("", _number, "bytes that it may store"),
+    "max_merged_bytes": ("", _number, "bytes of merged copies that it may ask for"),
     "customer": ("", str, "what the billing system calls it"),
     "prompt": ("prices", _number, f"a million prompt tokens: {_PRICE}"),
     "cached": ("prices", _number, f"a million cached ones: {_PRICE}"),

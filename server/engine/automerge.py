@@ -16,9 +16,9 @@ from time import monotonic
 from typing import Protocol
 
 from server.core import AdapterRef
+from server.engine.copyroom import Name, name_of
 from server.engine.costs import DecodeCosts
 from server.engine.lanes import SHARED
-from server.engine.merging import Name, name_of
 from server.engine.messages import Merge, Unmerge
 from server.engine.scheduler import Work
 from server.engine.sequence import Sequence

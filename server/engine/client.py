@@ -152,10 +152,11 @@ class EngineClient:
         if self._engine is not None and request_id in self._streams:
             self._engine.cancel(request_id)
 
-    async def merge(self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False) -> None:
+    async def merge(self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False, part: int | None = None) -> None:
         """Gives the adapter a lane of its own and waits until it has it; nobody else loses one if it `keeps` them.
-        Raises Conflict when there is no room, AdapterUnavailable, or Overloaded when the engine has ended."""
-        await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps))
+        `part` bounds the bytes of all copies that its tenant asks for. Raises Conflict when there is no room,
+        AdapterUnavailable, or Overloaded when the engine has ended."""
+        await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps, part))
 
     async def unmerge(self, adapter: AdapterRef, *, asked: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there."""

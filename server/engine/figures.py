@@ -23,6 +23,7 @@ class Figures(Stats):
         self.resident, self.slot_bytes = bank.resident(), bank.bytes
         self.slot_references, self.slot_evictions, self.slot_loads = bank.references, bank.evictions, bank.loads
         self.prefetches = dict(loader.prefetches)
+        self.lane_notes = merged.notes
         if merged or self.copies or self.merged_bytes:
             merged.count()
             self.copies, self.merged_bytes = merged.figures(), merged.nbytes

@@ -14,12 +14,12 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from time import monotonic
 from typing import cast
 
 from server.core import AdapterRef
 from server.engine.building import Builder, BuildingThread
+from server.engine.copyroom import CopyRoom, Held, Name, makes_way, name_of
 from server.engine.messages import Built, CopyFigures, LaneChanged, Merge, Unmerge, Weighed
 from server.errors import Conflict, OnebaseError
 from server.lora.merge import MergedCopy
@@ -29,31 +29,6 @@ log = logging.getLogger("onebase.engine")
 
 
 LaneMessage = Merge | Unmerge | Weighed | Built
-Name = tuple[str, str]  # tenant and adapter
-
-
-def name_of(adapter: AdapterRef) -> Name:
-    """Whose adapter it is, and which, whatever the version."""
-    return adapter.tenant, adapter.name
-
-
-@dataclass(eq=False)
-class Held:
-    """One copy, made (`copy`) or on its way. `nbytes` counts from the moment that room was made for it; `counted` is up
-    to when its byte-seconds are. Nobody asked for an `automatic` one."""
-
-    adapter: AdapterRef
-    lane: str
-    reason: str
-    pinned: bool = False
-    automatic: bool = False
-    keeps: bool = False  # whether it takes nobody's room
-    askers: list[str] = field(default_factory=list)
-    copy: MergedCopy | None = None
-    nbytes: int = 0
-    counted: float = 0.0
-    used: int = 0
-    references: int = 0
 
 
 class MergedCopies:
@@ -75,6 +50,8 @@ class MergedCopies:
         self._active: dict[AdapterRef, Held] = {}  # made or on their way
         self._leaving: list[Held] = []  # given up, and still in use
         self.byte_seconds = 0.0  # of copies that were asked for
+        # By name: why it is in the shared lane though it asked for one of its own. Replaced at every change.
+        self.notes: dict[Name, str] = {}
         self.changes: Counter[tuple[str, str]] = Counter()  # ("merge" | "unmerge", reason)
         self._numbers = itertools.count(1)
 
@@ -114,9 +91,18 @@ class MergedCopies:
     def want(self, message: Merge) -> None:
         """Begins to make a copy, unless there is one."""
         held = self._active.get(message.adapter) or self._begin(message.adapter)
+        for one in self._all():
+            if one.tenant == held.tenant:  # the latest request says it for all
+                one.part = message.part
         if held.automatic:
             self._count(held, self._now())  # from here on it is on the bill
-        held.pinned, held.automatic, held.keeps = message.pinned, False, message.keeps
+            held.automatic, held.keeps = False, message.keeps
+            fault = self._make_room(held, held.nbytes) if held.nbytes else None
+            if fault is not None:
+                held.automatic = True
+                self._answer(LaneChanged(message.id, fault))
+                return
+        held.pinned, held.keeps = message.pinned, message.keeps
         if held.copy is not None:
             self._answer(LaneChanged(message.id))
         else:
@@ -124,6 +110,7 @@ class MergedCopies:
 
     def give_up(self, message: Unmerge) -> None:
         """Newcomers run in the shared lane again; the copy goes with its last request."""
+        self._forget(message.adapter)
         held = self._active.get(message.adapter)
         if held is not None:
             self._tell(held, Conflict("the adapter was taken out of its lane before it was there", code="lane_left"))
@@ -173,8 +160,8 @@ class MergedCopies:
             return  # given up meanwhile
         if message.fault is not None:
             self._fail(held, message.fault)
-        elif not self._make_room(held, message.nbytes):
-            self._fail(held, self._full(held, message.nbytes))
+        elif (fault := self._make_room(held, message.nbytes)) is not None:
+            self._fail(held, fault)
         else:
             held.nbytes, held.counted = message.nbytes, self._now()
             self._thread.build(held.lane, cast(AdapterWeights, message.weights))
@@ -193,6 +180,7 @@ class MergedCopies:
             assert isinstance(message.copy, MergedCopy)
             held.copy, held.used = message.copy, next(self._numbers)
             self.changes["merge", held.reason] += 1
+            self._forget(held.adapter)
             log.info("%s version %d has a lane of its own", held.adapter.name, held.adapter.version)
             self._tell(held)
 
@@ -218,49 +206,30 @@ class MergedCopies:
         self._thread.weigh(held.lane, adapter.key)
         return held
 
-    def _make_room(self, held: Held, nbytes: int) -> bool:
-        """Idle copies that make way go, if that is enough: those that nobody asked for before the others, and of each
-        the least recently used first. If it is not, those that nobody asked for take no more requests: their room is
-        free when the last of theirs has ended."""
-        spare, victims = self.most - self.nbytes, list[Held]()
-        makes_way = [one for one in self._active.values() if self._makes_way(one, held)]
-        for one in sorted(makes_way, key=lambda one: (not one.automatic, one.used)):
-            if spare >= nbytes:
-                break
-            if one.copy is not None and not one.references:
-                victims.append(one)
-                spare += one.nbytes
-        enough = spare >= nbytes
-        for one in victims if enough else [one for one in makes_way if one.automatic]:
+    def _make_room(self, held: Held, nbytes: int) -> Conflict | None:
+        """Those that make way go, if that is enough (copyroom.py). If it is not, those that nobody asked for take no
+        more requests: their room is free when the last of theirs has ended."""
+        fault: Conflict | None = None
+        try:
+            victims = CopyRoom(self.most, self._active.values(), self._leaving).makers(held, nbytes)
+        except Conflict as refusal:
+            fault, full = refusal, refusal.code == "merged_full"
+            victims = [one for one in self._active.values() if full and one.automatic and makes_way(one, held)]
+        for one in victims:
             asked = logging.INFO if one.automatic else logging.WARNING
             log.log(asked, "%s gives its lane up for %s", one.adapter.name, held.adapter.name)
+            if not one.automatic:
+                other = f"the one of {held.adapter.name}" if one.tenant == held.tenant else "another tenant's"
+                note = f"its merged copy was idle and not pinned, and made way for {other}"
+                self.notes = self.notes | {name_of(one.adapter): note}
             self._drop(one, "made_way")
-        return enough
+        return fault
 
-    @staticmethod
-    def _makes_way(one: Held, other: Held) -> bool:
-        """Whether `one` is of those that go for `other`. A version does not go for its successor, which may fail."""
-        if name_of(one.adapter) == name_of(other.adapter) or other.keeps:
-            return False
-        return not other.automatic and (one.automatic or not one.pinned)
-
-    def _full(self, held: Held, nbytes: int) -> Conflict:
-        takes = f"a merged copy of {held.adapter.name} takes {nbytes} bytes; MERGED_BYTES is {self.most}"
-        before = sum(
-            one.nbytes for one in self._all() if one is not held and name_of(one.adapter) == name_of(held.adapter)
-        )
-        if nbytes > self.most:
-            why = "no copy of this size fits"
-        elif nbytes + before > self.most:
-            why = f"its earlier version takes {before} until the new one has taken over: end its lane first"
-        else:
-            tenant = held.adapter.tenant  # what others have is not its to know
-            own = sum(one.nbytes for one in self._all() if one.adapter.tenant == tenant)
-            why = (
-                f"too much of it is taken, {own} by this tenant, and only idle copies that are not pinned make way "
-                "(those that nobody asked for as soon as their requests have ended: try again)"
-            )
-        return Conflict(f"{takes}, {why}", code="merged_full")
+    def _forget(self, adapter: AdapterRef) -> None:
+        """There is nothing to tell of the name's lane any more."""
+        name = name_of(adapter)
+        if name in self.notes:
+            self.notes = {known: note for known, note in self.notes.items() if known != name}
 
     def _drop(self, held: Held, reason: str) -> None:
         """Frees the copy when nobody runs on it, and not before it is made: its room is taken until then."""
@@ -286,6 +255,8 @@ class MergedCopies:
         del self._active[held.adapter]
         if held.automatic:
             log.info("%s gets no lane of its own: %s", held.adapter.name, fault.message)
+        elif held.keeps:  # nobody hears of the refusal: it had a lane when the server last ran
+            self.notes = self.notes | {name_of(held.adapter): fault.message}
         self._tell(held, fault)
         self._free(held)
 

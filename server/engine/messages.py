@@ -82,12 +82,14 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Merge:
     """Gives the adapter a lane of its own; a `pinned` copy never goes for another's sake, and one that `keeps` others
-    takes nobody else's room. Answered by a `LaneChanged` of the same id when it is there, or cannot be."""
+    takes nobody else's room. All copies that its tenant asks for may take `part` bytes; the latest request says it for
+    all, and None is no bound. Answered by a `LaneChanged` of the same id when it is there, or cannot be."""
 
     id: str
     adapter: AdapterRef
     pinned: bool
     keeps: bool = False
+    part: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,7 @@ class Stats:
     are the adapters on the device. `prefetches` counts those that have ended by what came of them: "used", "unused" or
     "failed". `copies` are the merged copies that take requests, `merged_bytes` what all take, `merged_byte_seconds`
     bytes times seconds of those that were asked for; `lane_changes` counts them by ("merge" or "unmerge", why).
+    `lane_notes` say by (tenant, adapter) why one that asked for a lane of its own is in the shared one.
     `shares` are the tenants with work and those that lately had some; who comes back after a while counts from nothing
     again.
     """
@@ -257,4 +260,5 @@ class Stats:
     merged_bytes: int = 0
     merged_byte_seconds: float = 0.0
     lane_changes: dict[tuple[str, str], int] = field(default_factory=dict)
+    lane_notes: dict[tuple[str, str], str] = field(default_factory=dict)
     shares: dict[str, ShareFigures] = field(default_factory=dict)

@@ -70,7 +70,7 @@ class Request:
     arrived: float
     sequences: list[Sequence] = field(default_factory=list)
     weights: Any = None  # the adapter on the device, while a slot reference is held
-    held: Any = None  # the merged copy that it runs on (merging.Held)
+    held: Any = None  # the merged copy that it runs on (copyroom.Held)
     residency: Residency = field(default_factory=Residency)
     key: str | None = field(init=False)  # the adapter's
 

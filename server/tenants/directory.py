@@ -30,7 +30,17 @@ _SALT_BYTES = 32
 _T = TypeVar("_T")
 Prepare = Callable[[Tenant], Awaitable[Callable[[], None]]]
 _CHANGEABLE = frozenset(
-    {"limits", "weight", "prices", "classes", "max_adapters", "max_adapter_bytes", "customer", "disabled"}
+    {
+        "limits",
+        "weight",
+        "prices",
+        "classes",
+        "max_adapters",
+        "max_adapter_bytes",
+        "max_merged_bytes",
+        "customer",
+        "disabled",
+    }
 )
 _UNKNOWN_TENANT = "there is no tenant of that name"
 
@@ -117,7 +127,7 @@ class Directory:
 
     async def update(self, tenant: str, **changes: Any) -> Tenant:
         """The tenant with other `limits`, `weight`, `prices`, `classes`, `max_adapters`, `max_adapter_bytes`,
-        `customer` or `disabled`. Raises `TenantNotFound`, `InvalidRequest`."""
+        `max_merged_bytes`, `customer` or `disabled`. Raises `TenantNotFound`, `InvalidRequest`."""
         return await self.revise(tenant, lambda _: changes)
 
     async def revise(

@@ -58,6 +58,7 @@ tenants = Table(
     Column("salt", LargeBinary(32), nullable=False),  # of the prefix cache
     Column("max_adapters", BigInteger),
     Column("max_adapter_bytes", BigInteger),
+    Column("max_merged_bytes", BigInteger),
     Column("classes", JSON, nullable=False),  # the priority classes that its requests may ask for
     Column("customer", String(128)),  # what the billing system calls it, where that is not its id
 )

@@ -88,7 +88,8 @@ CLASSES = frozenset({"interactive", "batch"})
 class Tenant:
     """A customer. `weight` is its share of the engine beside the others'. `salt` seeds its prefix cache: random, made
     by the server, never shown. `prices` differ from the price book's. `classes` are the priority classes that its
-    requests may ask for. `max_adapters` and `max_adapter_bytes` are quotas of what it stores. `customer` is what the
+    requests may ask for. `max_adapters` and `max_adapter_bytes` are quotas of what it stores, `max_merged_bytes` of the
+    merged copies that it asks for. `customer` is what the
     billing system calls it, where that is not `id`. `created_ms` is milliseconds since 1970. Raises `InvalidRequest`
     for what is out of bounds."""
 
@@ -101,6 +102,7 @@ class Tenant:
     classes: frozenset[str] = CLASSES
     max_adapters: int | None = None
     max_adapter_bytes: int | None = None
+    max_merged_bytes: int | None = None
     customer: str | None = None
     disabled: bool = False
 
@@ -109,6 +111,7 @@ class Tenant:
         _check(self.weight, "weight", 1 / MAX_WEIGHT, MAX_WEIGHT)
         _check(self.max_adapters, "max_adapters", 0, MAX_COUNT)
         _check(self.max_adapter_bytes, "max_adapter_bytes", 0, MAX_BYTES)
+        _check(self.max_merged_bytes, "max_merged_bytes", 0, MAX_BYTES)
         if not self.classes <= CLASSES:
             raise InvalidRequest(f"a priority class is one of {', '.join(sorted(CLASSES))}", param="classes")
         if self.customer is not None:

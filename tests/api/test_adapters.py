@@ -29,7 +29,7 @@ INFO = {
     "base": str,
     "created": float,
 }
-STATUS = {"own", "public", "residency", "lane", "pinned", "in_flight", "last_used", "requests"}
+STATUS = {"own", "public", "residency", "lane", "lane_note", "pinned", "in_flight", "last_used", "requests"}
 CAP = 200_000
 
 

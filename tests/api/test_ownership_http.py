@@ -86,3 +86,41 @@ def test_a_quota_is_refused_before_the_body_is_read(served, adapters):
     assert (told["code"], told["message"]) == ("quota_exceeded", "this tenant may keep 1 adapters and has 1")
     assert server.http.delete("/adapters/one", headers=keys["cyd"]).status_code == 204
     assert put(server, "two", adapters[0], keys["cyd"]).status_code == 201
+
+
+def test_a_tenants_merged_copies_have_their_part_and_who_loses_a_lane_is_told(served, adapters, monkeypatch):
+    server, keys = served
+    loop, directory = server.state.client.loop, server.state.accounts.directory
+
+    def patch(who: str, name: str, **body: Any) -> Any:
+        return server.http.patch(f"/adapters/{name}", json=body, headers=keys[who])
+
+    def shown(who: str, name: str) -> dict[str, Any]:
+        return server.http.get(f"/adapters/{name}", headers=keys[who]).json()
+
+    def bound(tenant: str, most: int | None) -> None:
+        changed = directory.update(tenant, max_merged_bytes=most)
+        asyncio.run_coroutine_threadsafe(changed, loop).result(20)
+
+    for who, name in (("ann", "quick"), ("ann", "fast"), ("bob", "slow")):
+        put(server, name, adapters[0], keys[who])
+    assert patch("ann", "quick", lane="merged", pinned=True).status_code == 200
+    each = server.engine._merged.nbytes
+    bound("ann", each)
+    error = refused(patch("ann", "fast", lane="merged"), 409)
+    assert error["code"] == "quota_exceeded"
+    assert str(each) in error["message"]
+    bound("ann", None)
+    monkeypatch.setattr(server.settings, "merged_bytes", 2 * each)
+    assert refused(patch("ann", "fast", lane="merged"), 409)["code"] == "quota_exceeded", "half is one tenant's"
+    assert patch("bob", "slow", lane="merged").json()["lane_note"] is None
+    patch("ann", "quick", pinned=False, public=True)
+    assert patch("ann", "fast", lane="merged").status_code == 200, "its own makes way"
+    lost = shown("ann", "quick")
+    assert lost["lane"] == "shared"
+    assert "fast" in lost["lane_note"]
+    assert shown("bob", "quick")["lane_note"] is None, "only its owner is told"
+    assert shown("bob", "slow")["lane"] == "merged"
+    for who, name in (("ann", "quick"), ("ann", "fast"), ("bob", "slow")):
+        assert server.http.delete(f"/adapters/{name}", headers=keys[who]).status_code == 204
+    assert not server.engine.stats.lane_notes

@@ -50,7 +50,7 @@ async def test_opening_again_keeps_what_is_there(database_url: str) -> None:
 async def test_two_at_once_migrate_once(database_url: str) -> None:
     both = await asyncio.gather(open_database(database_url), open_database(database_url))
     async with both[0].read() as connection:
-        assert (await connection.execute(text("SELECT version_num FROM alembic_version"))).scalars().all() == ["0001"]
+        assert (await connection.execute(text("SELECT version_num FROM alembic_version"))).scalars().all() == ["0002"]
     for opened in both:
         await opened.close()
 

@@ -70,7 +70,7 @@ async def test_everything_survives_a_restart(database: Database) -> None:
     directory, _ = await Directory.open(database)
     limits = Limits(rpm_limit=5, max_budget=10**12, budget_duration="30d", allowed_adapters=frozenset({"mail", "web"}))
     made = await directory.create("acme", limits=limits, weight=2.5, customer="cus_1", prices={"base": 2})
-    made = await directory.update("acme", max_adapters=3, classes=frozenset({"batch"}))
+    made = await directory.update("acme", max_adapters=3, max_merged_bytes=7, classes=frozenset({"batch"}))
     key, _ = await directory.create_key("acme", [Scope.GENERATE, Scope.USAGE_READ], name="ci", expires_ms=2**41)
     again, _ = await Directory.open(database)
     assert again.show("acme") == made

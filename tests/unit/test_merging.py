@@ -261,3 +261,97 @@ def test_one_that_keeps_others_takes_nobodys_room(desk: Desk) -> None:
     assert isinstance(desk.answers.pop().error, Conflict)
     assert desk.copies.has(ref("a"))
     assert desk.copies.has(ref("b"))
+
+
+def of(tenant: str, name: str, version: int = 1) -> AdapterRef:
+    return AdapterRef(name, version, f"{name}-{version}", tenant=tenant)
+
+
+@pytest.fixture
+def wide() -> Iterator[Desk]:
+    """Room for four copies; each tenant may have two."""
+    made = Desk(4 * SIZE)
+    yield made
+    made.close()
+
+
+def ask(desk: Desk, adapter: AdapterRef, *, pinned: bool = False, part: int | None = 2 * SIZE) -> Conflict | None:
+    desk.copies.want(Merge("m", adapter, pinned, part=part))
+    for _ in range(2):
+        if not desk.answers:
+            desk.handle()
+    fault = desk.answers.pop().error
+    assert fault is None or isinstance(fault, Conflict)
+    return fault
+
+
+def test_one_tenants_pins_do_not_shut_the_others_out(wide: Desk) -> None:
+    assert ask(wide, of("ann", "a"), pinned=True) is None
+    assert ask(wide, of("ann", "b"), pinned=True) is None
+    refused = ask(wide, of("ann", "c"), pinned=True)
+    assert refused is not None
+    assert refused.code == "quota_exceeded"
+    assert f"{2 * SIZE} bytes" in refused.message
+    assert f"takes {SIZE}" in refused.message
+    assert ask(wide, of("bob", "a"), pinned=True) is None
+    assert ask(wide, of("ann", "b", 2)) is None, "a new version takes over from the one before"
+
+
+def test_what_is_still_in_use_counts_against_the_part(wide: Desk) -> None:
+    ask(wide, of("ann", "a"))
+    ask(wide, of("ann", "b"))
+    held = wide.copies.acquire(of("ann", "a"))
+    assert held is not None
+    wide.copies.give_up(Unmerge("u", of("ann", "a")))
+    wide.answers.clear()
+    assert ask(wide, of("ann", "b"), pinned=True) is None
+    refused = ask(wide, of("ann", "c"))
+    assert refused is not None
+    assert refused.code == "quota_exceeded"
+    wide.copies.release(held)
+    assert ask(wide, of("ann", "c")) is None
+
+
+def test_ones_own_copies_go_first_then_those_over_their_part_then_others(wide: Desk) -> None:
+    for tenant, name in (("bob", "b"), ("cyd", "c"), ("cyd", "d"), ("ann", "a")):
+        assert ask(wide, of(tenant, name)) is None
+    assert ask(wide, of("ann", "e")) is None
+    assert not wide.copies.has(of("ann", "a")), "though it was used last"
+    assert "the one of e" in wide.copies.notes["ann", "a"]
+    assert ask(wide, of("ann", "e"), pinned=True) is None
+    assert ask(wide, of("cyd", "d"), part=SIZE) is None, "cyd's part is lowered"
+    assert ask(wide, of("ann", "f")) is None
+    assert wide.copies.has(of("bob", "b")), "the least recently used, but within its part"
+    assert not wide.copies.has(of("cyd", "c"))
+    assert "another tenant" in wide.copies.notes["cyd", "c"]
+    assert ask(wide, of("dan", "g")) is None
+    assert not wide.copies.has(of("bob", "b"))
+
+
+def test_a_lost_lane_is_told_until_it_is_back_or_given_up(wide: Desk) -> None:
+    wide.copies.most = SIZE
+    ask(wide, of("ann", "a"))
+    ask(wide, of("bob", "b"))
+    assert set(wide.copies.notes) == {("ann", "a")}
+    ask(wide, of("ann", "a"))
+    assert set(wide.copies.notes) == {("bob", "b")}
+    wide.copies.give_up(Unmerge("u", of("bob", "b"), asked=True))
+    assert wide.copies.notes == {}
+    ask(wide, of("ann", "a"), pinned=True)
+    wide.answers.clear()
+    wide.copies.want(Merge("m", of("bob", "b"), False, keeps=True))
+    wide.handle()
+    assert "MERGED_BYTES" in wide.copies.notes["bob", "b"], "it had a lane before the restart"
+
+
+def test_one_that_nobody_asked_for_counts_from_when_somebody_does(wide: Desk) -> None:
+    wide.copies.volunteer(of("ann", "a"), "alone")
+    wide.handle()
+    wide.handle()
+    assert ask(wide, of("ann", "b"), pinned=True, part=SIZE) is None
+    refused = ask(wide, of("ann", "a"), part=SIZE)
+    assert refused is not None
+    assert refused.code == "quota_exceeded"
+    assert wide.copies.automatic() == {of("ann", "a"): True}, "it stays what it was"
+    assert ask(wide, of("ann", "a"), part=2 * SIZE) is None
+    assert wide.copies.automatic() == {}
