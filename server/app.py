@@ -16,7 +16,7 @@ import torch
 from fastapi import FastAPI
 
 from server import machine
-from server.api import adapters, admin, errors, generate, health, limits, usage
+from server.api import adapters, admin, errors, generate, health, limits, page, usage
 from server.api.held import Sampler
 from server.api.lanes import EngineLanes, restore
 from server.api.schemas import ErrorEnvelope
@@ -80,7 +80,7 @@ def create_app(settings: Settings, base: Base | None = None, *, ledger: type[Led
     app.state.onebase = state
     app.add_middleware(limits.BodyLimit, limit=limits.by_kind(settings.max_upload_bytes))
     errors.install(app)
-    for part in (generate, adapters, usage, admin, health):
+    for part in (generate, adapters, usage, admin, health, page):
         app.include_router(part.router)
     return app
 

@@ -1,4 +1,7 @@
-"""Who may call what: the key is looked at before anything of the body is read."""
+"""Who may call what: the key is looked at before anything of the body is read.
+
+Open are the routers without a `guarded` route class: health.py, and page.py, whose files show nothing of anybody.
+"""
 
 from __future__ import annotations
 

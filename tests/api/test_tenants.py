@@ -4,10 +4,11 @@ import time
 
 import pytest
 
+from server.api.page import PATHS
 from tests.serving import refused
 from tests.tenancy import PROMPT
 
-OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json"}
+OPEN = {"/healthz", "/readyz", "/metrics", "/openapi.json", *PATHS}
 
 
 def routes(router) -> list[tuple[str, str]]:
@@ -29,7 +30,7 @@ def test_every_route_needs_a_key_before_it_reads_the_body(admin):
     assert {path for _, path in found} == documented - OPEN
     keyed = {(method.upper(), path) for path, ways in paths.items() for method in ways if "security" in ways[method]}
     assert keyed == set(found), "what needs a key says so, and nothing else does"
-    assert OPEN - documented == {"/openapi.json"}
+    assert OPEN - documented == {"/openapi.json", *PATHS}
     wrong = [None, "nonsense", "ob_0123456789abcdef_" + "x" * 43, admin.token[:-1] + "!", admin.token[:-2]]
     same = set()
     for token in wrong:
