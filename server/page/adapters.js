@@ -36,6 +36,7 @@ export function clear() {
   rows.clear();
   at("adapters").replaceChildren();
   at("names").replaceChildren();
+  at("pages").hidden = true;
   for (const said of ["adapters-said", "uploaded"]) say(at(said), "");
 }
 
@@ -66,6 +67,9 @@ async function show() {
     if (key !== session.key) return; // another's list by now
     list(found.data);
     following = found.next;
+    at("back").disabled = pages.length === 1;
+    at("next").disabled = following === null;
+    at("pages").hidden = pages.length === 1 && following === null;
     if (!found.data.length && pages.length > 1) turn(pages.slice(0, -1)); // the last of its page is gone
     if (at("adapters-said").dataset.of === "list") report("");
   } catch (fault) {
@@ -88,8 +92,6 @@ function list(entries) {
     if (at("adapters").contains(focused)) focused.focus({ preventScroll: true });
   }
   at("none").hidden = entries.length > 0;
-  at("back").disabled = pages.length === 1;
-  at("next").disabled = following === null;
 }
 
 function report(text, of = "") {

@@ -6,7 +6,7 @@ import { quantile, rate, Reading } from "./metrics.js";
 import { every } from "./poll.js";
 
 const PERIOD = 2000; // milliseconds
-const POINTS = 60;
+const [FEWEST, POINTS] = [15, 60]; // the width is for so many readings at least, and at most
 const WINDOW = 15; // readings that a latency is taken over
 const [WIDTH, HEIGHT] = [120, 32];
 
@@ -116,15 +116,16 @@ class Tile {
 /** The points as `x y`, newest at the right, in runs without a gap. */
 function runsOf(points, most) {
   const top = Math.max(most, ...points.map((one) => one ?? 0)) || 1;
+  const step = WIDTH / (Math.max(points.length, FEWEST) - 1);
   const runs = [[]];
   points.forEach((value, index) => {
     if (value === null) runs.push([]);
     else {
-      const x = WIDTH - ((points.length - 1 - index) * WIDTH) / (POINTS - 1);
+      const x = WIDTH - (points.length - 1 - index) * step;
       runs.at(-1).push(`${x.toFixed(1)} ${(HEIGHT - 1 - (value / top) * (HEIGHT - 2)).toFixed(1)}`);
     }
   });
-  return runs.filter((run) => run.length);
+  return runs.filter((run) => run.length).map((run) => (run.length > 1 ? run : [...run, ...run])); // one alone is a dot
 }
 
 function filled(run) {
