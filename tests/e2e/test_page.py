@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Locator, Page, expect
 
 from server import demo
@@ -584,11 +586,19 @@ def test_the_shipped_adapters_on_the_real_base(real, visit):
 
 
 def pictures(page: Page, folder: Path) -> None:
-    """The page light and dark, and on a phone."""
+    """The page light and dark, and on a phone, once there is some history to see."""
     folder.mkdir(exist_ok=True)
+    for _ in range(6):
+        page.get_by_role("button", name="Generate").click()
+        expect(page.locator("#asked")).to_have_text("Done.", timeout=120_000)
+
+    def take(name: str, **options: Any) -> None:
+        shot = Image.open(io.BytesIO(page.screenshot(**options))).convert("RGB")
+        shot.quantize(128, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        page.screenshot(path=folder / f"page-{scheme}.png", full_page=True)
+        take(f"page-{scheme}.png", full_page=True)
     page.set_viewport_size(PHONE["viewport"])
     page.locator("#adapters-title").evaluate("element => element.scrollIntoView()")
-    page.screenshot(path=folder / "page-phone.png")
+    take("page-phone.png")
