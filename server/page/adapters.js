@@ -14,6 +14,7 @@ let pages = [""]; // the `after` of this page and of those before it
 let following = null;
 let onChoose = () => {};
 let refresh = () => {};
+let settle = () => {}; // answers the open question
 
 /** Connects table and upload; `chosen` is called with the name that is to be tried. Returns what reads the list at once. */
 export function begin(chosen) {
@@ -22,6 +23,7 @@ export function begin(chosen) {
   at("next").addEventListener("click", () => following && turn([...pages, following]));
   at("filter").addEventListener("input", () => turn([""]));
   at("upload").addEventListener("submit", upload);
+  at("confirm").addEventListener("close", answered);
   for (const name of ["adapter", "other"]) {
     at("ask").elements[name].addEventListener("focus", suggest);
     at("ask").elements[name].addEventListener("input", suggest);
@@ -170,14 +172,17 @@ class Row {
 const path = (name) => `adapters/${encodeURIComponent(name)}`;
 const figure = (label) => (["Version", "In flight", "Requests"].includes(label) ? "figure" : "");
 
+/** Whether the user says yes. Whoever asks again has the answer; the question before it ends with a no. */
 function confirmed(question) {
-  const dialog = at("confirm");
+  settle(false); // a dialog that has just been left has its `close` event still to come
   say(at("confirm-title"), question);
-  dialog.returnValue = "no"; // Escape leaves it as it was
-  dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
-  });
+  at("confirm").returnValue = "no"; // Escape leaves it as it was
+  at("confirm").showModal();
+  return new Promise((resolve) => (settle = resolve));
+}
+
+function answered() {
+  if (!at("confirm").open) settle(at("confirm").returnValue === "yes");
 }
 
 async function suggest(event) {

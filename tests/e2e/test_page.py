@@ -27,7 +27,7 @@ FEW = 4  # steps
 ROOT = Path(__file__).resolve().parents[2]
 DOCS, FILES = ROOT / "docs", ROOT / "server/page"
 PHONE = {"viewport": {"width": 360, "height": 740}}
-NO_KEY = "status of 401"
+NO_KEY, TAKEN = "status of 401", "status of 412"
 REFUSED = "Failed to load resource"
 EVIL = '<img src=x onerror="window.hit=1"><script>window.hit=1</script>'
 
@@ -148,7 +148,7 @@ def test_the_page_has_nothing_inline_and_names_nobody_else():
 
 
 def test_an_adapter_is_uploaded_used_and_seen_to_move_between_the_tiers(server, visit, held, adapters):
-    page = visit(server)
+    page = visit(server, expected=TAKEN)
     expect(upload(page, "tone", adapters[1])).to_contain_text("tone is new: version 1")
     expect(tier(page, "tone")).to_have_text("disk")
 
@@ -264,6 +264,17 @@ def test_a_lane_of_its_own_and_back(server, visit):
     row(page, "plain").get_by_role("button", name="Unmerge").click()
     expect(page.locator("#adapters-said")).to_have_text("plain runs in the shared lane.")
     expect(row(page, "plain").locator("[data-label='Lane']")).to_have_text("shared")
+
+
+def test_a_question_that_is_asked_again_at_once_is_answered(server, visit, adapters):
+    """The event of the first one's end comes when the second is open."""
+    server.put("twice", adapters[1])
+    page = visit(server)
+    remove = row(page, "twice").get_by_role("button", name="Delete")
+    remove.click()
+    remove.evaluate("button => { document.getElementById('confirm').close('no'); button.click() }")
+    page.get_by_role("button", name="Delete it").click()
+    expect(row(page, "twice")).to_have_count(0)
 
 
 def test_many_adapters_are_paged_and_found_by_the_begin_of_their_names(server, visit, adapters):
