@@ -94,6 +94,7 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
         gc.collect()
         gc.freeze()
         stack.callback(gc.unfreeze)
+        stack.push_async_callback(asyncio.to_thread, state.registry.close)  # while the directory is ours
         claim = await stack.enter_async_context(claimed(state.settings.database))
         database = await open_database(state.settings.database, claim)
         stack.push_async_callback(database.close)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from server.core import BaseInfo, LinearShape
+from server.registry.registry import Registry
 from server.registry.store import Staging, Store
 
 HIDDEN, INNER, KEYS = 16, 24, 8
@@ -110,6 +111,17 @@ def stage_adapter(store: Store, base: BaseInfo, **options: Any) -> Staging:
     staging = store.stage()
     write_adapter(staging.path, base, **options)
     return staging
+
+
+def settle(registry: Registry) -> None:
+    """Waits until what was let go is gone."""
+    registry._catalogue._sweeper.submit(int).result()
+
+
+def stored(registry: Registry) -> list[str]:
+    """The objects on disk, once that is done."""
+    settle(registry)
+    return registry._store.digests()
 
 
 def container(header: Any, data: bytes = b"", *, length: int | None = None) -> bytes:

@@ -3,15 +3,18 @@
 A record is written to the disk before memory, so that a crash at any moment leaves the one before or the one after. An
 object lives as long as a version names it, a lease holds it or an upload is about to name it; the start collects what a
 crash left behind.
+
+Objects go on a thread of their own, and that thread alone asks whether one must stay: how long a call takes does not
+tell whether somebody else has stored the same bytes.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from itertools import islice
 
@@ -36,7 +39,7 @@ class Catalogue:
         self._stock = Stock(most)
         self.damaged: set[Key] = set()  # records on disk that could not be read at the start
         self.holds = Holds(store.retire)
-        self.sweeper = ThreadPoolExecutor(1, "onebase-sweep")
+        self._sweeper: Executor = ThreadPoolExecutor(1, "onebase-sweep")
         self._load()
 
     def page(self, tenant: str, after: str | None, most: int) -> list[tuple[Key, Record]]:
@@ -73,7 +76,7 @@ class Catalogue:
             before = self.names.get(key)
             self._set(key, after)
             self.holds.rename(digests_of(before), digests_of(after))
-        self._store.sweep()
+        self._let_go(digests_of(before))
 
     def expect(self, key: Key, nbytes: int, quota: Quota) -> None:
         """An upload of at least `nbytes` is coming. Raises `Conflict` if it is certain that there is no room for it;
@@ -115,7 +118,11 @@ class Catalogue:
         finally:
             with self._lock:
                 self.holds.release(digest, self.holds.uploads)
-            self._store.sweep()
+            self._let_go([digest])
+
+    def close(self) -> None:
+        """Frees what nobody holds. What is let go afterwards stays until the next start."""
+        self._sweeper.shutdown(wait=True)
 
     def _set(self, key: Key, record: Record | None) -> None:
         self.names.set(key, record)
@@ -125,8 +132,20 @@ class Catalogue:
         """Called on the event loop: freeing the space of a large adapter takes too long for it."""
         with self._lock:
             self.holds.release(digest, self.holds.leases)
-        if self._store.unswept:
-            self.sweeper.submit(self._store.sweep)
+            held = self.holds.held(digest)
+        if not held:
+            self._let_go([digest])
+
+    def _let_go(self, digests: Iterable[str]) -> None:
+        """Somebody holds these no longer, whoever else does."""
+        with suppress(RuntimeError):  # closed
+            self._sweeper.submit(self._sweep, frozenset(digests))
+
+    def _sweep(self, digests: frozenset[str]) -> None:
+        for digest in digests:
+            with self._lock:
+                self.holds.collect(digest)
+        self._store.sweep()
 
     def _load(self) -> None:
         for key in self._store.names():

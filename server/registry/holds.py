@@ -29,7 +29,7 @@ class Lease:
 
 class Holds:
     """Counts by digest. Its caller's lock guards every call: no upload may find an object and then lose it. `retire`
-    takes an object out of the store, quickly."""
+    takes an object out of the store, quickly. What is not held any more stays until `collect`."""
 
     def __init__(self, retire: Callable[[str], None]):
         self._retire = retire
@@ -39,25 +39,24 @@ class Holds:
 
     def rename(self, before: Iterable[str], after: Iterable[str]) -> None:
         """The versions of a name were of the digests `before` and are of `after` now."""
-        gone = list(before)
         self.named.update(after)
-        self.named.subtract(gone)
-        for digest in set(gone):
-            self.collect(digest)
+        self.named.subtract(before)
 
     def release(self, digest: str, holds: Counter[str]) -> None:
         """One of `holds` less."""
         holds[digest] -= 1
         if not holds[digest]:
             del holds[digest]
-        self.collect(digest)
+
+    def held(self, digest: str) -> bool:
+        """Whether anything holds the object."""
+        return any(holds[digest] > 0 for holds in (self.named, self.leases, self.uploads))
 
     def collect(self, digest: str) -> None:
         """Retires the object if nothing holds it."""
-        kinds = (self.named, self.leases, self.uploads)
-        if any(holds[digest] > 0 for holds in kinds):
+        if self.held(digest):
             return
-        for holds in kinds:
+        for holds in (self.named, self.leases, self.uploads):
             holds.pop(digest, None)
         try:
             self._retire(digest)

@@ -246,6 +246,10 @@ class Registry:
         """Disk to tensors, hashed again; `key` is an `AdapterRef.key`. Raises `AdapterUnavailable`."""
         return read_adapter(key, *self._store.read(digest_in(key)), self._base, self._checks.dtype)
 
+    def close(self) -> None:
+        """Frees the space of what nobody holds. What is let go afterwards stays until the next start."""
+        self._catalogue.close()
+
     def leases(self) -> dict[str, int]:
         """Live leases by digest."""
         return self._catalogue.leases()

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -82,9 +82,10 @@ class Staging:
 
 
 class Store:
-    """The directory of adapters. Safe to call from several threads; the registry decides what may be removed."""
+    """The directory `root` of adapters. Safe to call from several threads; the registry decides what may be removed."""
 
     def __init__(self, root: Path):
+        self.root = root
         self._objects, self._names, self._staging = root / "objects", root / "names", root / "staging"
         self._swap = threading.Lock()
         self._graves: list[Path] = []
@@ -93,6 +94,9 @@ class Store:
                 private.mkdir(mode=0o700, parents=True, exist_ok=True)
             for directory in (self._objects, self._names, self._staging):
                 directory.mkdir(parents=True, exist_ok=True)
+            for byte in range(256):  # all of them now: one made for an upload would tell that it is the first below it
+                (self._objects / f"{byte:02x}").mkdir(exist_ok=True)
+            _fsync(self._objects)
             for stale in self._staging.iterdir():
                 _delete_tree(stale)
 
@@ -107,8 +111,9 @@ class Store:
         """Make the staged files an object and return its digest. Raises `StorageFailure`.
 
         Idempotent. The staged files take the place of those of an object that is there already, intact or damaged: no
-        work is skipped, so that an upload does not tell by its time that somebody else has stored the same bytes.
-        After a failure the object may be there, whole and named by nobody: the caller removes it.
+        work is skipped, and the space of the old files is freed by `sweep`, so that an upload does not tell by its time
+        that somebody else has stored the same bytes. After a failure or a crash the object may be there, whole or in
+        part: the caller, or the next start, removes it where no name needs it.
         """
         digest = staging.digest()
         target = self._object_path(digest)
@@ -117,18 +122,13 @@ class Store:
                 os.chmod(path, 0o444)
                 _fsync(path)
             _fsync(staging.path)
-            if not target.parent.is_dir():
-                target.parent.mkdir(exist_ok=True)
-                _fsync(self._objects)
             with self._swap:
-                if target.is_dir():
-                    for path in (staging.config_path, staging.weights_path):  # never without either, for who reads it
-                        os.replace(path, target / path.name)
-                else:
-                    os.rename(staging.path, target)
+                target.mkdir(mode=0o700, exist_ok=True)
+                for path in (staging.config_path, staging.weights_path):  # one that is there is never without either
+                    self._keep_for_later(target / path.name)
+                    os.replace(path, target / path.name)
             _fsync(target)
             _fsync(target.parent)
-        self.sweep()
         return digest
 
     def open(self, digest: str) -> StoredAdapter:
@@ -179,11 +179,6 @@ class Store:
         with storage_errors("remove an adapter"):
             self._retire(digest)
 
-    @property
-    def unswept(self) -> bool:
-        """Whether `sweep` has anything to do."""
-        return bool(self._graves)
-
     def sweep(self) -> None:
         """The slow half of `remove`: free the space of what was retired. What fails is left for the next start."""
         while self._graves:
@@ -191,7 +186,15 @@ class Store:
                 grave = self._graves.pop()
             except IndexError:  # another thread took the last one
                 return
-            shutil.rmtree(grave, ignore_errors=True)
+            with suppress(OSError):
+                _delete_tree(grave)
+
+    def _keep_for_later(self, path: Path) -> None:
+        """Another name for a file that is about to be replaced, so that `sweep` frees it: a large one takes long."""
+        grave = self._staging / secrets.token_hex(8)
+        with suppress(OSError):  # there is none, or the file system has no links: then it is freed at once
+            os.link(path, grave)
+            self._graves.append(grave)
 
     def _retire(self, digest: str) -> None:
         target = self._object_path(digest)

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+from concurrent.futures import Executor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from server.registry.store import Store
 from tests.adapters import stage_adapter, tiny_base
 
 BASE = tiny_base(1)
-WRITES = ("mkdir", "chmod", "fsync", "rename", "replace", "unlink", "rmdir")
+WRITES = ("mkdir", "chmod", "fsync", "link", "rename", "replace", "unlink", "rmdir")
 SUMMARY = AdapterSummary(rank=4, alpha=8.0, targets=("q_proj",), parameters=1)
 
 
@@ -38,8 +39,17 @@ def at_write(monkeypatch, number, happens):
     return count
 
 
+class Inline(Executor):
+    """Works at once: threads do not survive a fork, and what they do shall be interrupted too."""
+
+    def submit(self, work, *arguments):
+        work(*arguments)
+
+
 def open_registry(root, **options):
-    return Registry(Store(root), BASE, max_rank=16, dtype=torch.float32, **options)
+    registry = Registry(Store(root), BASE, max_rank=16, dtype=torch.float32, **options)
+    registry._catalogue._sweeper = Inline()
+    return registry
 
 
 def put(registry, seed):

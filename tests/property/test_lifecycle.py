@@ -277,6 +277,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.engine.stop()
         for request_id in self.open:
             self.settle(request_id)
+        self.state.registry.close()
         self.start()
         restore(self.state.registry)
         listed, _ = self.state.registry.list(limit=100)
@@ -304,6 +305,7 @@ class Lifecycle(RuleBasedStateMachine):
         assert (stats.blocks_used, stats.slot_references) == (0, 0)
         assert not self.state.registry.leases()
         named = {self.digests[content] for versions in self.names.values() for content in versions.values()}
+        self.state.registry.close()
         assert set(self.state.store.digests()) == named
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -268,6 +268,7 @@ class Ownership(RuleBasedStateMachine):
     def restart(self) -> None:
         while self.open:
             self.end(self.open.pop())
+        self.state.registry.close()
         self.start()
 
     @invariant()
@@ -282,6 +283,7 @@ class Ownership(RuleBasedStateMachine):
             self.list_all(tenant, 4)
         assert not self.state.registry.leases()
         kept = {self.digests[content] for one in self.adapters.values() for content in one.versions.values()}
+        self.state.registry.close()
         assert set(self.state.store.digests()) == kept
         self.loop.close()
         shutil.rmtree(self.folder, ignore_errors=True)

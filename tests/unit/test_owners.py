@@ -1,5 +1,6 @@
 """Whose an adapter is: published names, quotas, and what must not tell that somebody else has the same."""
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +18,22 @@ from server.registry.records import Record
 from server.registry.registry import Registry
 from server.registry.store import Store
 from server.registry.writers import Writers
-from tests.adapters import stage_adapter, tiny_base
+from tests.adapters import settle, stage_adapter, stored, tiny_base
 
 BASE = tiny_base(1)
 
 
 @pytest.fixture
 def make(tmp_path):
-    return lambda: Registry(Store(tmp_path), BASE, max_rank=16, dtype=torch.float32)
+    made = []
+
+    def make():
+        for before in made:
+            settle(before)
+        made.append(Registry(Store(tmp_path), BASE, max_rank=16, dtype=torch.float32))
+        return made[-1]
+
+    return make
 
 
 def put(registry, name, seed, tenant, **more):
@@ -81,7 +90,7 @@ def test_what_was_begun_outlives_publishing(make):
     registry.delete("a", tenant="ann")
     assert registry.load(second.ref.key).rank == second.ref.rank
     second.release()
-    assert registry._store.digests() == []
+    assert stored(registry) == []
 
 
 def test_of_two_that_publish_a_name_one_does(make):
@@ -233,6 +242,46 @@ def test_an_upload_is_refused_beforehand_only_where_that_is_certain(make):
         assert refused.value.code == "quota_exceeded"
 
 
+def calls_of_this_thread(monkeypatch, act):
+    """The names of the file system calls that `act` makes, or tries, on this thread."""
+    seen, here = [], threading.get_ident()
+
+    def noting(name, original):
+        def call(*args, **more):
+            if threading.get_ident() == here:
+                seen.append(name)
+            return original(*args, **more)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("mkdir", "chmod", "fsync", "link", "rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, noting(name, getattr(os, name)))
+        act()
+    return seen
+
+
+def test_no_call_does_more_where_another_tenant_has_the_same_bytes(make, monkeypatch):
+    """Nor less: what is freed, or stays because somebody else has it, is another thread's work."""
+    registry = make()
+
+    def change():
+        put(registry, "a", 1, "ann")
+        put(registry, "a", 2, "ann")
+        put(registry, "a", 2, "ann")
+        with pytest.raises(Conflict):
+            put(registry, "b", 1, "ann", quota=Quota(1, None))
+        registry.delete("a", tenant="ann")
+
+    put(registry, "x", 3, "ann")  # which makes the directory of her names
+    alone = calls_of_this_thread(monkeypatch, change)
+    for seed in (1, 2):
+        put(registry, f"a{seed}", seed, "bob")
+    assert calls_of_this_thread(monkeypatch, change) == alone
+    assert "unlink" in alone  # of the record
+    assert len(stored(registry)) == 3
+
+
 def test_the_same_bytes_of_two_tenants_are_two_in_memory_and_one_on_disk(make):
     registry = make()
     for tenant in ("ann", "bob"):
@@ -241,7 +290,7 @@ def test_the_same_bytes_of_two_tenants_are_two_in_memory_and_one_on_disk(make):
     assert refs[0].digest == refs[1].digest == digest_in(refs[0].key) == digest_in(refs[1].key)
     assert refs[0].key != refs[1].key
     assert AdapterRef("a", 1, "sha256:1").key == "sha256:1"
-    assert registry._store.digests() == [refs[0].digest]
+    assert stored(registry) == [refs[0].digest]
     cache = AdapterCache(registry.load, 1 << 20)
     assert cache.get(refs[0].key).key == refs[0].key
     assert not cache.peek(refs[1].key)

@@ -18,15 +18,20 @@ from server.errors import (
 )
 from server.registry.registry import Registry
 from server.registry.store import Store
-from tests.adapters import stage_adapter, tiny_base
+from tests.adapters import settle, stage_adapter, stored, tiny_base
 
 BASE = tiny_base(1)
 
 
 @pytest.fixture
 def make(tmp_path):
+    made = []
+
     def make(**options):
-        return Registry(Store(tmp_path), BASE, max_rank=16, dtype=torch.float32, **options)
+        for before in made:
+            settle(before)
+        made.append(Registry(Store(tmp_path), BASE, max_rank=16, dtype=torch.float32, **options))
+        return made[-1]
 
     return make
 
@@ -61,7 +66,7 @@ def test_a_refused_upload_changes_nothing(make):
     with pytest.raises(InvalidAdapter):
         put(registry, "a", 2, rank=17)
     assert registry.get("a") == before
-    assert registry._store.digests() == [before.digest]
+    assert stored(registry) == [before.digest]
     assert registry._catalogue.holds.uploads == {}
 
 
@@ -81,7 +86,7 @@ def test_history_is_bounded_and_what_it_forgets_leaves_the_disk(make):
     registry = make(max_versions=2)
     versions = [put(registry, "a", seed).version for seed in range(4)]
     assert registry.versions("a") == versions[2:]
-    assert sorted(registry._store.digests()) == sorted(version.digest for version in versions[2:])
+    assert sorted(stored(registry)) == sorted(version.digest for version in versions[2:])
     registry.rollback("a", 3)
     assert put(registry, "a", 9).version.version == 5
 
@@ -93,7 +98,7 @@ def test_delete_forgets_and_a_new_one_begins_at_1(make):
     for call in (registry.get, registry.versions, registry.acquire, registry.delete, make().get):
         with pytest.raises(AdapterNotFound):
             call("a")
-    assert registry._store.digests() == []
+    assert stored(registry) == []
     assert put(registry, "a", 2).version.version == 1
 
 
@@ -133,7 +138,7 @@ def test_a_precondition_that_falls_during_validation_is_seen(make, monkeypatch):
     with pytest.raises(PreconditionFailed):
         put(registry, "a", 3, if_match=f'"{old.digest}"')
     assert registry.get("a").version == 2
-    assert len(registry._store.digests()) == 2
+    assert len(stored(registry)) == 2
 
 
 @pytest.mark.parametrize("name", ["", "A", "-a", ".a", "a/b", "../a", "a" * 65, "a\n", "é", "a b"])
@@ -162,7 +167,7 @@ def test_pages_and_limits(make):
         put(registry, name, seed)
     with pytest.raises(Conflict):
         put(registry, "f", 9)
-    assert len(registry._store.digests()) == 5
+    assert len(stored(registry)) == 5
     put(registry, "a", 9)
     seen, after = [], None
     while True:
@@ -186,7 +191,7 @@ def test_leases_keep_bytes_until_the_last_is_given_back_once(make):
     assert registry.load(digest).key == digest
     second.release(), second.release()
     assert registry.leases() == {}
-    assert registry._store.digests() == []
+    assert stored(registry) == []
     with pytest.raises(AdapterUnavailable):
         registry.load(digest)
 
@@ -211,20 +216,32 @@ def test_another_base_of_the_same_shape_gets_none_of_the_old_adapters(make, tmp_
     assert make().acquire("a").ref.version == 1
 
 
-def test_releasing_the_last_lease_frees_the_space_elsewhere(make, tmp_path, monkeypatch):
+def test_what_nobody_holds_is_freed_elsewhere(make, tmp_path, monkeypatch):
     """The event loop releases leases: it must not wait for a large file to go."""
     registry = make()
     put(registry, "a", 1)
     lease = registry.acquire("a")
     registry.delete("a")
-    threads, sweep = [], registry._store.sweep
-    monkeypatch.setattr(registry._store, "sweep", lambda: (threads.append(threading.current_thread()), sweep()))
+    assert len(stored(registry)) == 1
+    threads, retire = [], registry._store.retire
+    monkeypatch.setattr(
+        registry._catalogue.holds, "_retire", lambda d: (threads.append(threading.get_ident()), retire(d))
+    )
     lease.release()
-    registry._catalogue.sweeper.shutdown(wait=True)
+    registry.close()
     assert len(threads) == 1
-    assert threads[0] is not threading.current_thread()
+    assert threads[0] != threading.get_ident()
     assert list((tmp_path / "staging").iterdir()) == []
     assert registry._store.digests() == []
+
+
+def test_what_is_let_go_after_the_end_stays_for_the_next_start(make):
+    registry = make()
+    digest = put(registry, "a", 1).version.digest
+    registry.close()
+    registry.delete("a")
+    assert registry._store.digests() == [digest]
+    assert stored(Registry(Store(registry._store.root), BASE, max_rank=16, dtype=torch.float32)) == []
 
 
 def test_two_names_share_one_object(make):
@@ -242,7 +259,7 @@ def test_start_collects_garbage_and_survives_damage(make, tmp_path):
         garbage = registry._store.publish(staging)
     registry._store.remove(lost.digest)
     restarted = make()
-    assert restarted._store.digests() == [kept.digest]
+    assert stored(restarted) == [kept.digest]
     assert garbage != kept.digest
     with pytest.raises(AdapterUnavailable):
         restarted.load(restarted.acquire("b").ref.digest)
@@ -302,5 +319,5 @@ def test_threads_leave_counts_at_zero_and_every_lease_readable(make):
     }
     assert registry.leases() == {}
     assert registry._catalogue.holds.uploads == {}
-    assert set(registry._store.digests()) == named
+    assert set(stored(registry)) == named
     assert {digest for digest, count in registry._catalogue.holds.named.items() if count} == named

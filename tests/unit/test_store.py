@@ -40,6 +40,8 @@ def test_publish_then_open_verify_remove(tmp_path):
     assert store.exists(digest)
     with staged(store) as again:
         assert store.publish(again) == digest
+    store.sweep()
+    assert leftovers(tmp_path) == []
     store.remove(digest)
     store.remove(digest)
     assert store.digests() == []
@@ -95,6 +97,36 @@ def test_many_threads_publish_the_same_bytes(tmp_path):
         thread.join()
     assert failures == []
     assert len(store.digests()) == 1
+    store.sweep()
+    assert leftovers(tmp_path) == []
+
+
+def test_files_that_are_replaced_are_freed_by_the_sweep(tmp_path):
+    """Freeing a large file takes long: it would tell an uploader that somebody has the same bytes."""
+    store = Store(tmp_path)
+    with staged(store) as staging:
+        digest = store.publish(staging)
+    path = store.open(digest).weights_path
+    before = path.stat().st_ino
+    with staged(store) as staging:
+        store.publish(staging)
+    assert path.stat().st_ino != before
+    assert before in [left.stat().st_ino for left in leftovers(tmp_path)]
+    store.sweep()
+    assert leftovers(tmp_path) == []
+    store.verify(digest)
+
+
+def test_a_file_system_without_links_stores_all_the_same(tmp_path, monkeypatch):
+    def link(source, target):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr("os.link", link)
+    store = Store(tmp_path)
+    for _ in range(2):
+        with staged(store) as staging:
+            digest = store.publish(staging)
+    store.verify(digest)
     assert leftovers(tmp_path) == []
 
 
