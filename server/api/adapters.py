@@ -243,7 +243,8 @@ def _keep(config: UploadFile | str, weights: UploadFile, staging: Staging) -> No
 
 
 def _fetch(source: str, staging: Staging, state: State) -> None:
-    sources.fetch(source, staging, state.settings.adapter_sources, state.settings.max_upload_bytes)
+    settings = state.settings
+    sources.fetch(source, staging, settings.adapter_sources, settings.max_upload_bytes, store=state.store.root)
 
 
 def _copy(part: UploadFile, target: Path) -> None:

@@ -25,20 +25,20 @@ _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*")
 _HF = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?/?", re.ASCII)
 
 
-def fetch(source: str, staging: Staging, allowed: Sequence[str], max_bytes: int) -> None:
+def fetch(source: str, staging: Staging, allowed: Sequence[str], max_bytes: int, *, store: Path) -> None:
     """Copy the adapter at `source` into `staging`.
 
-    `allowed` are URL prefixes (`file:///srv/adapters/`, `hf://acme/`, `s3://bucket/dir/`); `max_bytes` bounds both
-    files together. Raises `Forbidden`, `InvalidRequest` (the source is malformed or cannot be read), `TooLarge`, or
-    `StorageFailure`.
+    `allowed` are URL prefixes (`file:///srv/adapters/`, `hf://acme/`, `s3://bucket/dir/`); nothing below `store`, where
+    every tenant's adapters lie, is read whatever they allow; `max_bytes` bounds both files together. Raises
+    `Forbidden`, `InvalidRequest` (the source is malformed or cannot be read), `TooLarge`, or `StorageFailure`.
     """
     scheme, separator, _ = source.partition("://")
-    if not separator or scheme not in _OPENERS or len(source) > MAX_SOURCE or not source.isprintable():
+    if not separator or scheme not in ("file", *_OPENERS) or len(source) > MAX_SOURCE or not source.isprintable():
         raise InvalidRequest("source must be a file://, hf:// or s3:// address", param="source")
     prefixes = [prefix for prefix in allowed if prefix.startswith(f"{scheme}://")]
     if not prefixes:
         raise _forbidden()
-    opener = _OPENERS[scheme](source, prefixes)
+    opener = _FileSource(source, prefixes, store) if scheme == "file" else _OPENERS[scheme](source, prefixes)
     left = max_bytes
     for name, target in ((CONFIG_FILE, staging.config_path), (WEIGHTS_FILE, staging.weights_path)):
         limit = min(left, MAX_CONFIG_BYTES) if name == CONFIG_FILE else left
@@ -97,8 +97,8 @@ def _read(file: BinaryIO, name: str) -> bytes:
 class _FileSource:
     """`file://`: a directory of this machine, with every symbolic link resolved before it is compared."""
 
-    def __init__(self, source: str, prefixes: Sequence[str]):
-        self._roots = [_local_path(prefix).resolve() for prefix in prefixes]
+    def __init__(self, source: str, prefixes: Sequence[str], store: Path):
+        self._roots, self._store = [_local_path(prefix).resolve() for prefix in prefixes], store.resolve()
         self._directory = self._inside(_local_path(source))
 
     def open(self, name: str) -> BinaryIO:
@@ -116,7 +116,8 @@ class _FileSource:
             resolved = path.resolve()
         except (OSError, RuntimeError) as exc:  # a loop of links
             raise _forbidden() from exc
-        if not any(resolved.is_relative_to(root) for root in self._roots):
+        allowed = any(resolved.is_relative_to(root) for root in self._roots)
+        if not allowed or resolved.is_relative_to(self._store):
             raise _forbidden()
         return resolved
 
@@ -182,4 +183,4 @@ def _below(prefix: str, components: Sequence[str]) -> bool:
     return [*components[: len(wanted)]] == wanted
 
 
-_OPENERS: dict[str, Any] = {"file": _FileSource, "hf": _HubSource, "s3": _S3Source}
+_OPENERS: dict[str, Any] = {"hf": _HubSource, "s3": _S3Source}

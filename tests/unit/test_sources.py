@@ -31,7 +31,7 @@ def store(tmp_path):
 
 def read(store, source, allowed, limit=BIG):
     with store.stage() as staging:
-        fetch(source, staging, allowed, limit)
+        fetch(source, staging, allowed, limit, store=store.root)
         return staging.config_path.read_bytes(), staging.weights_path.read_bytes()
 
 
@@ -39,7 +39,7 @@ def test_a_file_source_becomes_an_adapter(place, store):
     registry = Registry(store, BASE, max_rank=8, dtype=torch.float32)
     for allowed in (f"file://{place}/allowed/", f"file://{place}/allowed", "file:///"):
         with store.stage() as staging:
-            fetch(f"file://{place}/allowed/x", staging, [allowed], BIG)
+            fetch(f"file://{place}/allowed/x", staging, [allowed], BIG, store=store.root)
             assert registry.put("a", staging).version.version == 1
 
 
@@ -74,6 +74,26 @@ def test_linked_files_are_followed_only_inside(place, store):
     with pytest.raises(InvalidRequest) as caught:
         read(store, f"file://{inside}", allowed)
     assert caught.value.code == "source_unreadable"
+
+
+@pytest.mark.parametrize("way", ["straight", "by a link to the directory", "by links to the files"])
+def test_what_the_server_stores_is_no_source_whatever_is_allowed(place, store, way):
+    """It is every tenant's."""
+    with store.stage() as staging:
+        fetch(f"file://{place}/allowed/x", staging, ["file:///"], BIG, store=store.root)
+        stored = store.open(store.publish(staging)).weights_path.parent
+    source = stored if way == "straight" else place / "allowed" / "y"
+    if way == "by a link to the directory":
+        source.symlink_to(stored)
+    elif way == "by links to the files":
+        source.mkdir()
+        for file in stored.iterdir():
+            (source / file.name).symlink_to(file)
+    (place / "data-by-another-name").symlink_to(store.root)
+    for root in (store.root, place / "data-by-another-name"):
+        with store.stage() as staging, pytest.raises(Forbidden) as caught:
+            fetch(f"file://{source}", staging, ["file:///", f"file://{stored}"], BIG, store=root)
+        assert caught.value.code == "source_not_allowed"
 
 
 def test_nothing_is_allowed_by_default_and_malformed_sources_are_refused(place, store):
