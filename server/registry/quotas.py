@@ -10,8 +10,8 @@ from server.registry.records import Key
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """Of one tenant; None is no bound. Every version that is kept counts with its bytes, also where two of them are the
-    same bytes."""
+    """Of one tenant; None is no bound. Every version that is kept counts with its bytes; those of one name that are the
+    same bytes count once, those of two names each."""
 
     adapters: int | None = None
     bytes: int | None = None

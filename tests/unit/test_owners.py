@@ -242,6 +242,19 @@ def test_an_upload_is_refused_beforehand_only_where_that_is_certain(make):
         assert refused.value.code == "quota_exceeded"
 
 
+def test_equal_versions_count_once_in_a_name_and_again_in_another(make):
+    registry = make()
+    size = put(registry, "a", 1, "ann").bytes
+    room = Quota(None, 2 * size)
+    for seed in (2, 1):
+        put(registry, "a", seed, "ann", quota=room)
+    assert len(registry.versions("a", "ann")) == 3
+    assert registry.snapshot()["ann", "a"].bytes == 2 * size
+    with pytest.raises(Conflict):
+        put(registry, "b", 1, "ann", quota=room)
+    put(registry, "b", 1, "ann", quota=Quota(None, 3 * size))
+
+
 def calls_of_this_thread(monkeypatch, act):
     """The names of the file system calls that `act` makes, or tries, on this thread."""
     seen, here = [], threading.get_ident()
