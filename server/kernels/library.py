@@ -25,6 +25,7 @@ _SOURCES = tuple(sorted(_FOLDER.glob("*.cpp")))
 # OpenMP without naming its library: torch has loaded one, and a second one would be a second pool of threads.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fopenmp", "-fPIC", "-shared", "-std=c++17", "-Wl,-Bsymbolic")
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_KEPT = 4  # libraries of a number format: versions of this code, and machines that share a home
 _SIGNATURES = {
     "linear": (_POINTER, _INT, _INT, _POINTER, _INT, _POINTER, _POINTER),
     "rope": (_POINTER, _POINTER, _POINTER, _POINTER, _INT, _INT, _INT, _INT, _INT),
@@ -59,9 +60,11 @@ def library(value: str) -> ctypes.CDLL | None:
 
 def _compiled(value: str) -> Path:
     """The library's file, made unless it is there whole. Beside it stands its digest: one that was cut short would
-    not fail to load but kill the process."""
+    not fail to load but kill the process. Its time of change is when it was last used."""
     target = _cache() / f"kernels-{value}-{_fingerprint()}.so"
     digest = target.with_suffix(".sha256")
+    with contextlib.suppress(OSError):  # before it is read: another process may be about to forget it
+        os.utime(target)
     with contextlib.suppress(OSError):
         if digest.read_text() == hashlib.sha256(target.read_bytes()).hexdigest():
             return target
@@ -76,7 +79,17 @@ def _compiled(value: str) -> Path:
         noted.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         made.replace(target)
         noted.replace(digest)
+    _forget(value, target)
     return target
+
+
+def _forget(value: str, made: Path) -> None:
+    """Of a number format's libraries only `made` and those that were used last stay."""
+    with contextlib.suppress(OSError):  # another process does the same
+        others = [path for path in made.parent.glob(f"kernels-{value}-*.so") if path != made]
+        for old in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)[_KEPT - 1 :]:
+            old.unlink(missing_ok=True)
+            old.with_suffix(".sha256").unlink(missing_ok=True)
 
 
 def _fingerprint() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -294,3 +295,32 @@ def test_a_library_that_was_cut_short_is_made_anew(left: int, monkeypatch: pytes
     assert len(made.read_bytes()) == len(content)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert library._compiled("float") == made
+
+
+def test_the_libraries_that_were_used_last_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each with its digest; those of another number format are not touched."""
+
+    def compiled(value: str, fingerprint: int) -> Path:
+        monkeypatch.setattr(library, "_fingerprint", lambda: str(fingerprint))
+        made = library._compiled(value)
+        os.utime(made, (fingerprint, fingerprint))  # used one after the other, long ago
+        return made
+
+    def compiler(command: list[str], **_: object) -> None:
+        Path(command[-1]).write_text("compiled")
+
+    def left() -> set[str]:
+        return {path.name for path in (tmp_path / "onebase").iterdir()}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library.shutil, "which", lambda name: name)
+    monkeypatch.setattr(library.subprocess, "run", compiler)
+    other = compiled("bfloat16", 1)
+    made = [compiled("float", at) for at in range(2, 6)]
+    used = made[0]
+    monkeypatch.setattr(library, "_fingerprint", lambda: "2")
+    assert library._compiled("float") == used
+    assert used.stat().st_mtime > 5, "it is noted that it was used"
+    new = compiled("float", 6)
+    stay = [other, used, *made[2:], new]
+    assert left() == {path.name for one in stay for path in (one, one.with_suffix(".sha256"))}
