@@ -72,8 +72,11 @@ class State:
         return TokenNames(self.base.tokenizer)
 
     def began(self, adapter: AdapterRef) -> Activity:
-        """A request for the adapter was taken. When it ends, `in_flight` of what is returned goes down."""
-        one = self.activity.setdefault((adapter.tenant, adapter.name), Activity())
+        """A request for the adapter was taken. When it ends, `in_flight` of what is returned goes down. Nothing is kept
+        for a name that was deleted since it was resolved."""
+        one = self.activity.get((adapter.tenant, adapter.name), Activity())
+        if self.registry.taken(adapter.name, adapter.tenant):
+            self.activity[adapter.tenant, adapter.name] = one
         one.requests, one.in_flight, one.last_used = one.requests + 1, one.in_flight + 1, time.time()
         return one
 

@@ -75,6 +75,7 @@ class Catalogue:
         with self._lock:
             before = self.names.get(key)
             self._set(key, after)
+            self.damaged.discard(key)
             self.holds.rename(digests_of(before), digests_of(after))
         self._let_go(digests_of(before))
 

@@ -1,5 +1,6 @@
 """`POST /v1/generate`, answered whole: every field, the answer's shape, and every way to be refused."""
 
+import asyncio
 import itertools
 import threading
 import time
@@ -7,7 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from server.api import generate
 from server.api.render import Answer, TokenNames
+from server.core import DEFAULT_TENANT
 from server.tenants.prices import DEFAULT_BOOK
 from tests.serving import ids_of, refused
 
@@ -433,3 +436,18 @@ def test_long_texts_are_read_one_at_a_time(server, monkeypatch):
         answers = list(pool.map(lambda _: server.generate(prompt=text, max_tokens=2), range(4)))
     assert len(answers) == 4
     assert most == [1, 1, 1, 1]
+
+
+def test_nothing_is_kept_for_a_name_that_goes_while_its_request_is_read(server, adapters, monkeypatch):
+    server.put("going", adapters[0])
+    read = generate._read
+
+    async def slowly(body, caller, state, lease):
+        prompt = await read(body, caller, state, lease)
+        await asyncio.to_thread(state.registry.delete, "going")
+        return prompt
+
+    monkeypatch.setattr(generate, "_read", slowly)
+    assert server.generate(adapter="going")["adapter"]["version"] == 1
+    server.idle()
+    assert (DEFAULT_TENANT, "going") not in server.state.activity

@@ -272,6 +272,8 @@ def test_start_collects_garbage_and_survives_damage(make, tmp_path):
         damaged.get("a")
     assert [damaged.taken(name) for name in "abc"] == [True, True, False]
     assert put(damaged, "a", 1).version.version == 1
+    damaged.delete("a")
+    assert not damaged.taken("a"), "nothing damaged is left of it"
 
 
 def test_get_and_acquire_do_not_wait_for_a_put(make, monkeypatch):
