@@ -23,6 +23,7 @@ from server.engine.messages import (
     Residency,
     Stats,
     Submit,
+    Times,
     Unmerge,
 )
 from server.errors import EngineFailure, OnebaseError, Overloaded
@@ -143,7 +144,8 @@ class EngineClient:
         self._engine.submit(submit)
         if not self._engine.alive:  # it died just now, perhaps without having seen this request
             fault = EngineFailure("the engine failed")
-            lost: list[Event] = [Done(submit.id, "error", 0, 0, 0, Residency(), fault)]
+            times = Times(submit.arrived, ended=monotonic())
+            lost: list[Event] = [Done(submit.id, "error", 0, 0, 0, Residency(), fault, times)]
             asyncio.get_running_loop().call_soon(self._dispatch, lost)
         return stream
 

@@ -35,6 +35,7 @@ from server.engine.messages import (
     Residency,
     Stop,
     Submit,
+    Times,
     Unmerge,
 )
 from server.engine.sampler import Choice
@@ -95,6 +96,7 @@ class Engine:
         )
         self._auto_merge = auto_merge
         self._order = 0
+        self._now = 0.0  # when the step under way began, or the last one ended
         self._fault: OnebaseError | None = None
         self.stats = Figures(blocks=scheduler.pool.count, slots=bank.capacity)
         self._started = threading.Event()
@@ -177,7 +179,8 @@ class Engine:
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):
-                self._events.append(Done(message.id, "error", 0, 0, 0, Residency(), self._fault))
+                times = Times(message.arrived, ended=monotonic())
+                self._events.append(Done(message.id, "error", 0, 0, 0, Residency(), self._fault, times))
             elif isinstance(message, Merge | Unmerge):
                 self._events.append(LaneChanged(message.id, error=self._fault))
         self._publish()
@@ -212,13 +215,15 @@ class Engine:
         # What a merged lane computes differs in its last bits from what the shared one does.
         kind = b"merged" if held is not None else b""
         seed = chain_seed(self._runner.base.info.digest.encode(), adapter.encode(), submit.salt, kind)
-        request = Request(submit, seed, monotonic(), held=held)
+        request = Request(submit, seed, submit.arrived, held=held)
         self._requests[submit.id] = request
         if held is not None:
             request.residency = Residency(merged=True)
             self._loader.unasked(submit)
         elif submit.adapter is not None:
             self._loader.want(request)
+        if request.ready:
+            request.given = request.arrived
         for index in range(submit.n):
             self._order += 1
             text = TextStream(self._runner.base.tokenizer, submit.sampling.stop)
@@ -228,7 +233,10 @@ class Engine:
 
     def _step(self, work: list[Work], copy: MergedCopy | None) -> bool:
         """Whether it did not fail."""
-        self.stats.step_began = monotonic()
+        self.stats.step_began = self._now = monotonic()
+        for item in work:
+            if item.sequence.request.scheduled is None:
+                item.sequence.request.scheduled = self._now
         try:
             choices = self._runner.run(work, copy)
         except Exception:  # a failed step costs the rows that were in it, and nobody else
@@ -242,6 +250,7 @@ class Engine:
         self._scheduler.computed(work)
         self.stats.steps += 1
         self.stats.failed_steps = 0
+        self._now = monotonic()
         for item, choice in choices:
             if item.sequence.finish_reason is None and item.sequence.request.submit.id in self._requests:
                 try:
@@ -257,6 +266,8 @@ class Engine:
             fault = EngineFailure("the model's output for this request was not finite", code="not_finite")
             self._end(request, "error", fault)
             return
+        if request.first is None:
+            request.first = self._now
         sequence.tokens.append(choice.token)
         self.stats.generated_tokens += 1
         ended = choice.token in self._runner.base.eos_ids and not sampling.ignore_eos
@@ -303,7 +314,8 @@ class Engine:
         if self._requests.pop(request.submit.id, None) is None:
             return
         cached, made, prompt = request.cached, request.produced, request.read
-        self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error))
+        times = request.times(monotonic())
+        self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error, times))
         self.stats.prompt_tokens += prompt
         self.stats.cached_tokens += cached
         self.stats.outcomes[outcome] = self.stats.outcomes.get(outcome, 0) + 1

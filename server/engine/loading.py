@@ -176,8 +176,8 @@ class AdapterLoader:
         self._spoilt.discard(key)
         if self._ahead.pop(key, None) is not None:  # it came on another way as well
             self.prefetches["unused"] += 1
-        waited = (monotonic() - request.arrived) * 1e3
-        request.residency = Residency(request.residency.cold, waited)
+        request.given = monotonic()
+        request.residency = Residency(request.residency.cold, (request.given - request.arrived) * 1e3)
         return True
 
     def _load(self, key: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from math import inf
+from time import monotonic
 
 from server.core import DEFAULT_TENANT, AdapterRef
 from server.errors import OnebaseError
@@ -46,8 +47,8 @@ class Submit:
     """A request: `n` sequences of the same prompt. `salt` separates tenants in the prefix cache. `early` is set where
     its adapter is being fetched before the engine has seen the request. `batch`: it yields to requests that are not.
     `weight` is the tenant's part beside the others'; the latest request says it for all. `most` tokens of all its
-    sequences are what the tenant's budget pays for. Raises ValueError when the weight is not above zero, for the
-    engine's thread divides by it."""
+    sequences are what the tenant's budget pays for. `arrived` is when it was made, in monotonic seconds. Raises
+    ValueError when the weight is not above zero, for the engine's thread divides by it."""
 
     id: str
     prompt: tuple[int, ...]
@@ -61,6 +62,7 @@ class Submit:
     weight: float = 1.0
     prices: Prices = Prices()
     most: int | None = None
+    arrived: float = field(default_factory=monotonic, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < inf:
@@ -181,6 +183,53 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Times:
+    """A request's moments in monotonic seconds, None where it never came so far: submitted, its adapter at hand (at
+    once for the base, and for an adapter that was on the device), in a step for the first time, its first token, its
+    end. What is between them is in seconds."""
+
+    arrived: float = 0.0
+    ready: float | None = None
+    scheduled: float | None = None
+    first: float | None = None
+    ended: float = 0.0
+
+    @property
+    def load(self) -> float | None:
+        """Waited for its adapter."""
+        return _between(self.arrived, self.ready)
+
+    @property
+    def queue(self) -> float | None:
+        """Waited for room in a step, its adapter at hand."""
+        return _between(self.ready, self.scheduled)
+
+    @property
+    def prefill(self) -> float | None:
+        """From its first step to its first token."""
+        return _between(self.scheduled, self.first)
+
+    @property
+    def decode(self) -> float | None:
+        """From its first token to its end."""
+        return _between(self.first, self.ended)
+
+    @property
+    def ttft(self) -> float | None:
+        """From its arrival to its first token."""
+        return _between(self.arrived, self.first)
+
+    @property
+    def e2e(self) -> float:
+        """From its arrival to its end."""
+        return self.ended - self.arrived
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else end - start
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """The one terminal event of a request. Token counts are the engine's own, however the request ended.
     `prompt_tokens` are what was read of the prompt, computed or found in the prefix cache, `cached_tokens` what was
@@ -193,6 +242,7 @@ class Done:
     completion_tokens: int
     residency: Residency
     error: OnebaseError | None = None
+    times: Times = Times()
 
 
 @dataclass(frozen=True, slots=True)

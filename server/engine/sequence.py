@@ -7,7 +7,7 @@ from typing import Any
 
 from server.engine.blocks import chain
 from server.engine.lanes import SHARED
-from server.engine.messages import Residency, Submit
+from server.engine.messages import Residency, Submit, Times
 from server.engine.text import TextStream
 
 
@@ -63,11 +63,15 @@ class Sequence:
 
 @dataclass(eq=False)
 class Request:
-    """A submitted request and what it holds: at most one reference, to its adapter's slot or to its merged copy."""
+    """A submitted request and what it holds: at most one reference, to its adapter's slot or to its merged copy. What
+    `messages.Times` calls its moments is set by who sees them."""
 
     submit: Submit
     seed: bytes
     arrived: float
+    given: float | None = None  # when its adapter was at hand
+    scheduled: float | None = None
+    first: float | None = None
     sequences: list[Sequence] = field(default_factory=list)
     weights: Any = None  # the adapter on the device, while a slot reference is held
     held: Any = None  # the merged copy that it runs on (copyroom.Held)
@@ -96,6 +100,10 @@ class Request:
     def ready(self) -> bool:
         """Whether nothing but room in the batch is missing."""
         return self.submit.adapter is None or self.weights is not None or self.held is not None
+
+    def times(self, ended: float) -> Times:
+        """Its moments, as it ends."""
+        return Times(self.arrived, self.given, self.scheduled, self.first, ended)
 
     @property
     def lane(self) -> str:
