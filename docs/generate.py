@@ -13,7 +13,7 @@ from docs import interface, measured, workloads
 
 DOCS = Path(__file__).parent
 PAGES = (
-    *(DOCS / name for name in ("operations.md", "api.md", "loadtest.md", "performance.md")),
+    *(DOCS / name for name in ("operations.md", "api.md", "loadtest.md", "performance.md", "metrics.md")),
     DOCS.parent / "README.md",
 )
 _TABLE = re.compile(r"(<!-- generated:(?P<name>[a-z]+) -->\n).*?(<!-- generated:end -->)", re.DOTALL)
@@ -32,6 +32,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "lanes": measured.lanes_table,
     "automerge": measured.automerge_table,
     "tenants": measured.tenants_table,
+    "families": interface.families_table,
+    "counting": measured.counting_table,
     "bars": measured.aims_table,
     "workload": workloads.workload_table,
     "laws": workloads.laws_table,

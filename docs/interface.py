@@ -11,6 +11,7 @@ from server import errors
 from server.api import tenancy
 from server.api.schemas import AdapterPatch, GenerateRequest, Message, Rollback, Source
 from server.commands.prices import OF
+from server.metrics.page import FAMILIES
 from server.settings import GIB, MIB, Settings
 from server.tenants.money import dollars
 from server.tenants.prices import DEFAULT_BOOK
@@ -74,7 +75,7 @@ TENANT = {
     "prices.rank_classes": "pairs of largest rank and thousandths, ascending: what token prices are multiplied with",
 }
 KEY = {
-    "scopes": "any of `generate`, `adapters:write`, `usage:read`, `admin`",
+    "scopes": "any of `generate`, `adapters:write`, `usage:read`, `metrics:read`, `admin`",
     "name": "what it is for",
     "expires": "seconds since 1970 or ISO 8601; null: never",
 }
@@ -172,3 +173,12 @@ def _props(model: Any) -> dict[str, Any]:
 
 def _rows(props: dict[str, Any], meaning: dict[str, str]) -> list[tuple[str, ...]]:
     return [(f"`{name}`", kind_of(prop), meaning[name]) for name, prop in props.items()]
+
+
+def families_table() -> str:
+    """One row a metric family."""
+    rows = [
+        (f"`{one.shown}`", one.kind, one.unit, " ".join(f"`{label}`" for label in one.labels) or "-", one.help)
+        for one in sorted(FAMILIES, key=lambda one: one.name)
+    ]
+    return markdown(("metric", "kind", "unit", "labels", "what it is"), rows)

@@ -108,3 +108,16 @@ def tenants_table() -> str:
         rows += [(run["dtype"], what, name, f"{found[name]:.3g}") for what, found in parts.items() for name in found]
     stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
     return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"
+
+
+def counting_table() -> str:
+    """What the counting for the metrics costs."""
+    runs = [json.loads((RESULTS / f"metrics-{dtype}.json").read_text()) for dtype in measured(RESULTS, "metrics")]
+    rows = [
+        (run["dtype"], what, name, f"{value:.4g}")
+        for run in runs
+        for what in ("streams", "scrape")
+        for name, value in run[what].items()
+    ]
+    stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
+    return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"

@@ -6,9 +6,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 COUNTERS = {
-    "ram_hits": "onebase_adapter_ram_hits_total",
-    "ram_misses": "onebase_adapter_ram_misses_total",
-    "device_loads": "onebase_adapter_device_loads_total",
+    "ram_hits": "onebase_adapter_hits_total{ram}",
+    "ram_misses": "onebase_adapter_misses_total{ram}",
+    "device_loads": "onebase_adapter_load_seconds_count{device}",
 }
 
 

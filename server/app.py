@@ -23,14 +23,16 @@ from server.api.schemas import ErrorEnvelope
 from server.api.state import State
 from server.engine.blocks import BlockPool
 from server.engine.client import EngineClient
-from server.engine.engine import Engine, StepRunner
+from server.engine.engine import Engine
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.steprunner import StepRunner
 from server.errors import AdapterUnavailable, OnebaseError
 from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.eviction import order
 from server.lora.weights import AdapterWeights
+from server.metrics.http import CountResponses
 from server.model.loader import Base, load_base
 from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
@@ -80,6 +82,7 @@ def create_app(settings: Settings, base: Base | None = None, *, ledger: type[Led
     app.state.onebase = state
     app.add_middleware(limits.BodyLimit, limit=limits.by_kind(settings.max_upload_bytes))
     errors.install(app)
+    app.add_middleware(CountResponses, responses=state.responses)
     for part in (generate, adapters, usage, admin, health, page):
         app.include_router(part.router)
     return app

@@ -32,6 +32,12 @@ def free_memory(root: Path = ROOT) -> int:
     return max(0, min(free))
 
 
+def memory_limit(root: Path = ROOT) -> int:
+    """Bytes of memory that this process may take at all: the least of the machine's and its cgroups' limits."""
+    limits = [_numbers(group / "memory.max", 1)[0] for group in _groups(root)]
+    return min([int(psutil.virtual_memory().total), *(limit for limit in limits if limit is not None)])
+
+
 def _groups(root: Path) -> Iterator[Path]:
     """The process's own cgroup v2 directory and those above it: a limit on any of them holds."""
     try:

@@ -84,6 +84,10 @@ class Settings(BaseSettings):
     max_queue_tokens: int = Field(2_000_000, ge=1, description="prompt + max_tokens of all of them")
     max_context: int = Field(0, ge=0, description="longest prompt + max_tokens; 0: what the base allows")
     prefix_cache: bool = True
+    metrics_top: int = Field(
+        50, ge=0, le=1000, description="tenants and adapters that metrics name, by traffic; the rest are `other`"
+    )
+    vllm_metrics: bool = Field(False, description="add the `vllm:` metrics that the Kubernetes inference gateway reads")
     drain_seconds: float = Field(30.0, ge=0, le=3600, description="how long SIGTERM waits for running requests")
 
     @field_validator("base_names", "adapter_sources", mode="before")

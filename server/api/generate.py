@@ -25,7 +25,8 @@ from server.api.schemas import GenerateRequest, GenerateResponse
 from server.api.state import Activity, State, state_of
 from server.engine.client import Stream
 from server.engine.messages import Delta, Done, Prices, Sampling, Submit
-from server.errors import EngineFailure, InvalidRequest, OnebaseError, QueueShare
+from server.errors import EngineFailure, InvalidRequest, OnebaseError, QueueShare, RateLimited
+from server.metrics.traffic import Traffic
 from server.registry.holds import Lease
 from server.tenants.accounts import Entry
 from server.tenants.keys import Scope
@@ -119,7 +120,7 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
             batch=body.priority == "batch",
         )
         submit = _submit(body, request_id, prompt, lease, caller, entry)
-        ending = _Ending(entry, lease)
+        ending = _Ending(entry, lease, submit, state.traffic)
         stream = state.client.submit(submit, ending)
     except BaseException as fault:
         if entry is not None:
@@ -128,6 +129,8 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
             lease.release()
         if isinstance(fault, QueueShare):
             state.accounts.admission.refused_by(fault, caller.tenant)
+        if isinstance(fault, RateLimited):
+            state.traffic.refused(caller.tenant.id, fault.code)
         raise
     entry.runs(lambda: (stream.cached, stream.made))
     if lease is not None:
@@ -196,6 +199,8 @@ class _Ending:
 
     entry: Entry
     lease: Lease | None
+    submit: Submit
+    traffic: Traffic
     activity: Activity | None = None
 
     def __call__(self, done: Done) -> asyncio.Future[None]:
@@ -204,7 +209,10 @@ class _Ending:
         if self.activity is not None:
             self.activity.in_flight -= 1
         lane = "base" if self.lease is None else "merged" if done.residency.merged else "shared"
-        return self.entry.close(done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens)
+        written = self.entry.close(done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens)
+        adapter = self.submit.adapter.name if self.submit.adapter else None
+        self.traffic.ended(self.submit.tenant, adapter, done, self.entry.cost, self.submit.prices)
+        return written
 
 
 def _sampling(body: GenerateRequest) -> Sampling:

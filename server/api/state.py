@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,6 +15,9 @@ from server.api.reads import Reads
 from server.api.render import TokenNames
 from server.core import AdapterRef
 from server.engine.client import EngineClient
+from server.metrics.fairness import Fairness
+from server.metrics.http import Responses
+from server.metrics.traffic import Traffic
 from server.model.loader import Base
 from server.registry.cache import AdapterCache
 from server.registry.registry import Registry
@@ -44,7 +48,7 @@ class State:
     """Everything an endpoint may reach. `accounts` are there while the server runs; `activity` is by (owner, name);
     `reads` has the turns at long prompts; `uploads` bounds how many uploads are under way, `fetches` the threads that
     fetch some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how many pages of
-    usage are made.
+    usage are made. `responses` and `fairness` are for the metrics.
     """
 
     settings: Settings
@@ -57,6 +61,8 @@ class State:
     accounts: Accounts = field(init=False)
     reads: Reads = field(init=False)
     activity: dict[tuple[str, str], Activity] = field(default_factory=dict)
+    responses: Responses = field(default_factory=Counter)
+    fairness: Fairness = field(default_factory=Fairness)
     checks: Lines = field(default_factory=lambda: Lines(CHECKS_AT_ONCE, CHECKS_AT_ONCE // 2))
     changes: Lines = field(default_factory=lambda: Lines(CHANGES_AT_ONCE, CHANGES_OF_ONE))
     pages: Lines = field(default_factory=lambda: Lines(PAGES_AT_ONCE, PAGES_AT_ONCE // 2))
@@ -65,6 +71,11 @@ class State:
 
     def __post_init__(self) -> None:
         self.reads = Reads(self.settings.max_queue_requests, shared=self.settings.auth == "on")
+
+    @cached_property
+    def traffic(self) -> Traffic:
+        """What tenants and adapters do, for the metrics."""
+        return Traffic(self.settings.metrics_top)
 
     @cached_property
     def names(self) -> TokenNames:

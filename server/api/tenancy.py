@@ -111,7 +111,8 @@ class NewKeyBody(Strict):
     """A key to be made."""
 
     scopes: Annotated[
-        list[Literal["generate", "adapters:write", "usage:read", "admin"]], Field(min_length=1, max_length=4)
+        list[Literal["generate", "adapters:write", "usage:read", "metrics:read", "admin"]],
+        Field(min_length=1, max_length=5),
     ]
     name: Text = ""
     expires: Moment | None = None

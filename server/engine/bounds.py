@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from server.errors import Overloaded, QueueShare
@@ -29,6 +30,7 @@ class Bounds:
     def __init__(self, max_requests: int, max_amount: int, unit: str, *, shared: bool):
         self.max_requests, self.max_amount, self.unit, self.shared = max_requests, max_amount, unit, shared
         self.requests = self.amount = 0
+        self.refused: Counter[str] = Counter()  # by what was full: requests, the unit, or the tenant's share
         self._parts: dict[str, _Part] = {}
 
     def check(self, tenant: str, weight: float, amount: int) -> None:
@@ -41,6 +43,7 @@ class Bounds:
         )
         for used, _, more, most, unit in kinds:
             if used + more > most:
+                self.refused[unit] += 1
                 raise Overloaded(f"the queue is full ({most} {unit})", code="queue_full", retry_after=1)
         if not self.shared or not own.requests:
             return
@@ -48,6 +51,7 @@ class Bounds:
         for used, held, more, most, unit in kinds:
             free = most - used - more
             if free < most / 2 and held + more > max(part * free, min(FEW * most, free)):
+                self.refused["share"] += 1
                 raise QueueShare(f"this tenant has its part of the queue's {most} {unit}", retry_after=1)
 
     def take(self, tenant: str, weight: float, amount: int) -> None:

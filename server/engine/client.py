@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from time import monotonic
@@ -64,6 +65,7 @@ class EngineClient:
     def __init__(self, *, max_requests: int, max_tokens: int, shared: bool = False):
         self.bounds = Bounds(max_requests, max_tokens, "tokens", shared=shared)
         self.draining = False
+        self._refused: Counter[str] = Counter()  # requests that came when none were taken
         self._streams: dict[str, Stream] = {}
         self._counted: set[str] = set()  # requests that have a share of the bounds
         self._idle = asyncio.Event()
@@ -84,6 +86,11 @@ class EngineClient:
         return len(self._streams)
 
     @property
+    def refused(self) -> Counter[str]:
+        """Requests that were not taken, by why."""
+        return self._refused + self.bounds.refused
+
+    @property
     def open_tokens(self) -> int:
         """Prompt + max_tokens of all that counts against the bounds."""
         return self.bounds.amount
@@ -96,7 +103,12 @@ class EngineClient:
     @property
     def ready(self) -> bool:
         """Whether new requests are taken and the engine runs and, if it has work, steps."""
-        return self._engine is not None and self._engine.alive and not self.draining and not self.stalled
+        return self.alive and not self.draining and not self.stalled
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine runs."""
+        return self._engine is not None and self._engine.alive
 
     @property
     def failed(self) -> bool:
@@ -123,6 +135,7 @@ class EngineClient:
     def check(self, tenant: str, weight: float, tokens: int) -> None:
         """Whether a request of so many tokens would be taken now. Raises as `submit` does, and changes nothing."""
         if not self.ready:
+            self._refused["draining" if self.draining else "not_ready"] += 1
             raise Overloaded("the server is not taking requests now", code="not_ready", retry_after=5)
         self.bounds.check(tenant, weight, tokens)
 

@@ -10,6 +10,7 @@ import torch
 
 from server.engine import layout
 from server.engine.buffers import upload
+from server.engine.clock import EVERY, Clock
 from server.engine.graphs import Capture, DecodeGraphs, Step
 from server.engine.layout import BASE
 from server.engine.sampler import Choice, Row, sample
@@ -17,7 +18,7 @@ from server.engine.scheduler import Work
 from server.lora import grouped
 from server.lora.merge import MergedCopy
 from server.lora.ops_triton import Segments, cut, is_long
-from server.lora.segmented import SegmentedLora
+from server.lora.segmented import Moments, SegmentedLora, TimedSegmentedLora
 from server.lora.tables import AdapterTables
 from server.lora.weights import AdapterWeights
 from server.model import attention
@@ -33,7 +34,9 @@ class DeviceRunner:
 
     `slots`: adapters on the device at once, none of a rank over `max_rank`; `forget` must be called for each that
     leaves. `most_rows` and `longest`: running rows, and tokens of one, at most. `capture`: how graphs are made (None:
-    no graphs, every step is launched from Python).
+    no graphs, every step is launched from Python). `clock` is told what the time goes to: of the forward pass the
+    launches, of sampling the wait for the device. Every 64th step that is launched from Python with adapters in it is
+    looked into by events; in a graph's step there is nothing to be seen from outside.
     """
 
     def __init__(
@@ -48,7 +51,8 @@ class DeviceRunner:
         longest: int,
         capture: Capture | None,
     ):
-        self.base = base
+        self.base, self.clock, self._launched = base, Clock(), 0
+        self._moments: type[Moments] | None = Moments if base.device.type == "cuda" else None
         self._adapters = grouped.install(base.model, base.info)
         self.tables = AdapterTables(base.info, slots=slots, max_rank=max_rank, dtype=base.dtype, device=base.device)
         self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device)
@@ -106,16 +110,19 @@ class DeviceRunner:
         with torch.inference_mode():
             rows = layout.arrange(work, [BASE if copy is not None else self._slot(item) for item in work])
             sampled = [row for row in rows if row.work.samples]
+            self.clock.mark("pack")
             # A graph reads the base's own weights.
             logits = self._decode(rows, sampled) if copy is None else None
             if logits is None:
                 logits = self._eager(rows, [row.end - 1 for row in sampled], copy)
+            self.clock.mark("forward")
             if not sampled:
                 return []
             sequences = [row.work.sequence for row in sampled]
             chosen = sample(
                 logits.float(), [Row(s.request.submit.sampling, s.index, s.tokens, s.prompt_length) for s in sequences]
             )
+            self.clock.mark("sample")
             return [(row.work, choice) for row, choice in zip(sampled, chosen, strict=True)]
 
     def _slot(self, item: Work) -> int:
@@ -152,8 +159,12 @@ class DeviceRunner:
         # Not the rows' own longest: the kernels are compiled for a number of splits, and the graphs know this one's.
         batch = PagedBatch(self.pool, step["slots"], step["tables"], decodes, self._longest, layout.chunks(rows))
         self._adapters.merged = copy
+        self._launched += segments is not None
+        moments = None
+        if segments is not None and self._moments is not None and self._launched % EVERY == 0:
+            moments = self._moments()
         try:
-            return self._forward(step, batch, segments, step["last"])
+            return self._forward(step, batch, segments, step["last"], moments)
         finally:
             self._adapters.merged = None
 
@@ -173,11 +184,19 @@ class DeviceRunner:
             self._forward(step, batch, segments, 1)
 
     def _forward(
-        self, step: Step, batch: PagedBatch, segments: Segments | None, keep: int | torch.Tensor
+        self,
+        step: Step,
+        batch: PagedBatch,
+        segments: Segments | None,
+        keep: int | torch.Tensor,
+        moments: Moments | None = None,
     ) -> torch.Tensor:
-        """Logits of the packed places `keep`, or of all (0)."""
+        """Logits of the packed places `keep`, or of all (0). With `moments`, waits for the device."""
         packed: Any = batch
-        self._adapters.batch = SegmentedLora(self.tables, segments) if segments is not None else None
+        if segments is not None:
+            lora = SegmentedLora(self.tables, segments)
+            self._adapters.batch = lora if moments is None else TimedSegmentedLora(self.tables, segments, moments)
+        start = moments.mark() if moments is not None else None
         try:
             with attention.step(packed):
                 out = self.base.model(
@@ -185,4 +204,8 @@ class DeviceRunner:
                 )
         finally:
             self._adapters.batch = None
+        if moments is not None and start is not None:
+            end = moments.mark()
+            end.synchronize()
+            self.clock.sample(moments.seconds(), start.elapsed_time(end) / 1e3)
         return out.logits[0]

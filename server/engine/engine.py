@@ -12,13 +12,13 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
-from typing import Protocol
 
 from server.core import AdapterRef
 from server.engine.automerge import AutoMerge
 from server.engine.blocks import chain_seed
 from server.engine.building import Builder
 from server.engine.calibrate import calibrate
+from server.engine.counting import Counting
 from server.engine.figures import Figures
 from server.engine.lanes import SHARED
 from server.engine.loading import AdapterLoader
@@ -41,6 +41,7 @@ from server.engine.messages import (
 from server.engine.sampler import Choice
 from server.engine.scheduler import Scheduler, Work
 from server.engine.sequence import Request, Sequence
+from server.engine.steprunner import StepRunner
 from server.engine.text import TextStream
 from server.engine.turns import Turns
 from server.errors import EngineFailure, OnebaseError, Overloaded
@@ -48,21 +49,11 @@ from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.merge import MergedCopy
 from server.lora.weights import AdapterWeights
-from server.model.loader import Base
 
 log = logging.getLogger("onebase.engine")
 
 
 Message = Submit | Cancel | Loaded | Fetched | LaneMessage | Stop
-
-
-class StepRunner(Builder, Protocol):
-    """Computes a step of scheduled work on `base`, or on a merged copy of it, and chooses a token for each item that
-    needs one."""
-
-    base: Base
-
-    def run(self, work: list[Work], copy: MergedCopy | None = None) -> list[tuple[Work, Choice]]: ...
 
 
 class Engine:
@@ -98,7 +89,9 @@ class Engine:
         self._order = 0
         self._now = 0.0  # when the step under way began, or the last one ended
         self._fault: OnebaseError | None = None
-        self.stats = Figures(blocks=scheduler.pool.count, slots=bank.capacity)
+        self._clock, self._counts = runner.clock, Counting(runner.clock)
+        pool = scheduler.pool
+        self.stats = Figures(self._counts, blocks=pool.count, block_size=pool.block_size, slots=bank.capacity)
         self._started = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
@@ -142,6 +135,7 @@ class Engine:
                 costs = calibrate(self._runner, self._scheduler.pool, self._scheduler.max_running)
                 self._turns.auto = AutoMerge(costs, self._merged, self._turns.share)
             self._started.set()
+            self._clock.restart()
             self._loop()
         except Exception:  # a fault of our own: the server is not ready any more, but no request is left hanging
             log.exception("the engine failed")
@@ -156,15 +150,20 @@ class Engine:
             self._loader.serve()
             work = self._turn() if self._fault is None else []
             self._publish()
+            self._clock.mark("emit")
             idle = not work  # then nothing changes until a message comes
 
     def _turn(self) -> list[Work]:
         """One step of the lane whose turn it is; its work, if there was any."""
         start = monotonic()
         lane, work = self._turns.next() if self._merged else (SHARED, self._scheduler.schedule())
+        self._clock.mark("schedule")
         if work:
             failed = not self._step(work, self._merged.copy_of(lane))
-            self._turns.taken(lane, work, monotonic() - start, failed=failed)
+            seconds = monotonic() - start
+            if not failed:
+                self._counts.step("shared" if lane == SHARED else "merged", seconds, work)
+            self._turns.taken(lane, work, seconds, failed=failed)
         return work
 
     def _close(self) -> None:
@@ -191,6 +190,7 @@ class Engine:
         """Handles the messages that are there; if there is nothing else to do, waits for one."""
         while block or not self._inbox.empty():
             message = self._inbox.get()
+            self._clock.mark("idle" if block else "schedule")
             block = False
             if isinstance(message, Submit):
                 self._open(message)
@@ -242,6 +242,7 @@ class Engine:
         except Exception:  # a failed step costs the rows that were in it, and nobody else
             log.exception("a step failed")
             self.stats.failed_steps += 1
+            self._counts.failed += 1
             for item in work:
                 self._end(item.sequence.request, "error", EngineFailure("the step that held this request failed"))
             return False
@@ -261,21 +262,18 @@ class Engine:
         return True
 
     def _take(self, sequence: Sequence, choice: Choice) -> None:
-        request, sampling = sequence.request, sequence.request.submit.sampling
+        request, now = sequence.request, self._now
         if not choice.finite:
             fault = EngineFailure("the model's output for this request was not finite", code="not_finite")
             self._end(request, "error", fault)
             return
         if request.first is None:
-            request.first = self._now
-        sequence.tokens.append(choice.token)
+            request.first = now
+            self._counts.first(request, now)
+        self._counts.token(sequence, now)
         self.stats.generated_tokens += 1
-        ended = choice.token in self._runner.base.eos_ids and not sampling.ignore_eos
-        text = "" if ended else sequence.text.push(choice.token)
-        if ended or sequence.text.stopped:
-            sequence.finish_reason = "stop"
-        elif sequence.produced >= sampling.max_tokens:
-            sequence.finish_reason = "length"
+        ended = choice.token in self._runner.base.eos_ids and not request.submit.sampling.ignore_eos
+        text = sequence.take(choice.token, ended=ended)
         spent = request.submit.most is not None and request.produced >= request.submit.most
         if spent and not sequence.finish_reason:
             sequence.finish_reason = "budget"
@@ -292,21 +290,12 @@ class Engine:
         """The next event of a sequence, with the rest of its text and its place given back if it has ended."""
         request = sequence.request
         if sequence.finish_reason:
-            text += sequence.text.finish()
-            if sequence.text.stopped:
-                sequence.finish_reason = "stop"
+            text += sequence.rest()
             self._scheduler.remove(sequence)
+        tokens, logprobs = [one.token for one in choices], [one.logprob for one in choices if one.logprob]
+        reason, cached = sequence.finish_reason, request.cached
         self._events.append(
-            Delta(
-                request.submit.id,
-                sequence.index,
-                text,
-                [choice.token for choice in choices],
-                [choice.logprob for choice in choices if choice.logprob],
-                request.residency,
-                sequence.finish_reason,
-                request.cached,
-            )
+            Delta(request.submit.id, sequence.index, text, tokens, logprobs, request.residency, reason, cached)
         )
 
     def _end(self, request: Request, outcome: str, error: OnebaseError | None = None) -> None:
@@ -316,6 +305,7 @@ class Engine:
         cached, made, prompt = request.cached, request.produced, request.read
         times = request.times(monotonic())
         self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error, times))
+        self._counts.ended(request, outcome, times)
         self.stats.prompt_tokens += prompt
         self.stats.cached_tokens += cached
         self.stats.outcomes[outcome] = self.stats.outcomes.get(outcome, 0) + 1

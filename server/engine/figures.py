@@ -22,6 +22,9 @@ class Figures(Stats):
         self.shares = scheduler.shares.figures()
         self.resident, self.slot_bytes = bank.resident(), bank.bytes
         self.slot_references, self.slot_evictions, self.slot_loads = bank.references, bank.evictions, bank.loads
+        self.slot_hits, self.slot_misses, self.load_failures = loader.hits, loader.misses, loader.failures
+        self.prefix_queries, self.prefix_hits = scheduler.prefix_queries, scheduler.prefix_hits
+        self.load_seconds, self.wanted = loader.seconds, loader.lacking
         self.prefetches = dict(loader.prefetches)
         self.lane_notes = merged.notes
         if merged or self.copies or self.merged_bytes:

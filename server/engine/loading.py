@@ -19,6 +19,7 @@ from server.engine.messages import Fetched, Loaded, Residency, Submit
 from server.engine.sequence import Request
 from server.engine.uploading import Uploader
 from server.errors import AdapterUnavailable, OnebaseError
+from server.histogram import LOAD, Histogram
 from server.lora.bank import Bank
 from server.lora.weights import AdapterWeights
 
@@ -56,6 +57,8 @@ class AdapterLoader:
         self._begun: dict[str, object] = {}  # prefetches under way; any thread changes it, atomically
         self._full = False  # whether somebody waits for a slot; read by other threads
         self.prefetches: Counter[str] = Counter()  # by what came of them
+        self.hits = self.misses = self.failures = 0  # requests that found their adapter here, or not; loads that failed
+        self.seconds = Histogram(LOAD)  # of an adapter's way from RAM to the device
         self._threads = ThreadPoolExecutor(_THREADS, "onebase-load")
         self._permits: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(_PREFETCHES):
@@ -63,6 +66,12 @@ class AdapterLoader:
 
     def __len__(self) -> int:
         return len(self._lacking)
+
+    @property
+    def lacking(self) -> frozenset[str]:
+        """The names of the adapters that requests wait for."""
+        found = (request.submit.adapter for request in self._lacking.values())
+        return frozenset(adapter.name for adapter in found if adapter is not None)
 
     def may_begin(self, key: str) -> bool:
         """From any thread: whether a request about to be submitted may have its adapter fetched before the engine's
@@ -83,9 +92,12 @@ class AdapterLoader:
         if request.submit.early:
             self._fetching.add(key)
         request.weights = self.bank.acquire(key)
-        if request.weights is None:
-            request.residency = Residency(cold=key not in self.bank.resident())
-            self._lacking[request.submit.id] = request
+        if request.weights is not None:
+            self.hits += 1
+            return
+        self.misses += 1
+        request.residency = Residency(cold=key not in self.bank.resident())
+        self._lacking[request.submit.id] = request
 
     def unasked(self, submit: Submit) -> None:
         """A new request has no use for its adapter here; if it is being fetched for it, that is for nobody."""
@@ -154,7 +166,9 @@ class AdapterLoader:
             assert isinstance(message.weights, AdapterWeights)
             self._largest = max(self._largest, message.weights.nbytes)
             self.bank.fill(message.key, message.weights)
+            self.seconds.add(message.seconds)
             return []
+        self.failures += 1
         self.bank.abandon(message.key)
         return [request for request in self._lacking.values() if request.key == message.key]
 
@@ -189,6 +203,7 @@ class AdapterLoader:
             self.prefetches["used"] += 1
             if self._device.type == "cpu":  # it is where it should be
                 self.bank.fill(key, weights)
+                self.seconds.add(0.0)
                 return
         elif key in self._fetching:
             return
@@ -244,11 +259,14 @@ class AdapterLoader:
 
     def _bring(self, key: str, weights: AdapterWeights | None) -> None:
         try:
-            weights = self._upload(weights or self._fetch(key))
+            weights = weights or self._fetch(key)
+            start = monotonic()
+            weights = self._upload(weights)
+            seconds = monotonic() - start
         except OnebaseError as fault:
             self._post(Loaded(key, None, fault))
         except Exception:  # whatever it is, the requests that wait for it must end
             log.exception("loading an adapter failed")
             self._post(Loaded(key, None, AdapterUnavailable("the adapter could not be loaded")))
         else:
-            self._post(Loaded(key, weights, None))
+            self._post(Loaded(key, weights, None, seconds))

@@ -8,21 +8,26 @@ import torch
 
 from server.engine import batch as batches
 from server.engine import decoder
+from server.engine.clock import EVERY, Clock
 from server.engine.sampler import Choice, Row, sample
 from server.engine.scheduler import Work
-from server.lora.layers import LoraStep, install
+from server.kernels.layer import LAYER_PARTS
+from server.lora.layers import LoraStep, TimedLora, install
 from server.lora.merge import MergedCopy, merge, merged_bytes
 from server.lora.weights import AdapterWeights
 from server.model import attention
 from server.model.kv import KVPool
 from server.model.loader import Base
 
+_LORA = LAYER_PARTS.index("lora")
+
 
 class Runner:
-    """Owns the model and the KV pool. Used by the engine's thread only."""
+    """Owns the model and the KV pool. Used by the engine's thread only. `clock` is told what the time goes to,
+    and what of it to adapters: the kernels count that themselves; without them every 64th step is looked into."""
 
     def __init__(self, base: Base, *, blocks: int, block_size: int):
-        self.base = base
+        self.base, self.clock, self._steps = base, Clock(), 0
         self.lora: LoraStep = install(base.model, base.info, base.kernels)
         self.pool = KVPool(base.kv_shapes, blocks, block_size, base.dtype, base.device, base.kernels)
         self._layers: decoder.Layers | None = None
@@ -46,14 +51,31 @@ class Runner:
             if batch.fresh is not None and self.base.kernels is None:
                 # Behind a mask a stale NaN would still show; kernels read nothing that is not the row's own.
                 self.pool.clear(batch.fresh)
-            logits = self._forward(batch, copy)
+            self.clock.mark("pack")
+            logits = self._timed(batch, copy)
             if not batch.sampled:
                 return []
             rows = [
                 Row(s.request.submit.sampling, s.index, s.tokens, s.prompt_length)
                 for s in (item.sequence for item in batch.sampled)
             ]
-            return list(zip(batch.sampled, sample(logits, rows), strict=True))
+            choices = list(zip(batch.sampled, sample(logits, rows), strict=True))
+            self.clock.mark("sample")
+            return choices
+
+    def _timed(self, batch: batches.Batch, copy: MergedCopy | None) -> torch.Tensor:
+        """`_forward`, with the share of it that adapters take where that is to be had."""
+        self._steps += 1
+        kernels, timed = self.base.kernels, TimedLora(())
+        looked = copy is None and (kernels is not None or self._steps % EVERY == 0)
+        if looked and kernels is None and batch.lora is not None:
+            batch.lora = timed = TimedLora(batch.lora.runs)
+        before = kernels.spent[_LORA] if kernels is not None else 0
+        logits = self._forward(batch, copy)
+        seconds = self.clock.mark("forward")
+        if looked:
+            self.clock.sample((kernels.spent[_LORA] - before) / 1e9 if kernels is not None else timed.seconds, seconds)
+        return logits
 
     def _forward(self, batch: batches.Batch, copy: MergedCopy | None) -> torch.Tensor:
         """Logits [sampled rows, vocabulary] in float32."""

@@ -43,6 +43,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by place
         self.running: list[Sequence] = []  # by place
         self.preemptions = 0
+        self.prefix_queries = self.prefix_hits = 0  # tokens of prompts that were looked up, and found
         self.shares = Shares(max_batch_tokens, self.max_running, pool.count)
         self._room = Room(pool, self.shares, self.max_running)
         self._short: Sequence | None = None  # the last one for which there were no blocks
@@ -231,6 +232,9 @@ class Scheduler:
         self.shares.placed(sequence)
         if sequence.cached is None:
             sequence.cached = sequence.computed
+            if self.prefix_cache:
+                self.prefix_queries += length
+                self.prefix_hits += sequence.computed
             self.shares.hit(sequence)
         return tuple(fresh)
 

@@ -32,6 +32,7 @@ class Sequence:
     published: int = 0
     charged: int = 0
     preempted: int = 0
+    last: float | None = None  # when its latest token came
     finish_reason: str | None = None
 
     @property
@@ -52,6 +53,24 @@ class Sequence:
     def pending(self) -> int:
         """Tokens whose keys and values are still to be computed: 1 when decoding."""
         return len(self.tokens) - self.computed
+
+    def take(self, token: int, *, ended: bool) -> str:
+        """Appends a token, one that `ended` the text or not; returns the text that is new. It is the sequence's last if
+        there is a `finish_reason` then."""
+        self.tokens.append(token)
+        text = "" if ended else self.text.push(token)
+        if ended or self.text.stopped:
+            self.finish_reason = "stop"
+        elif self.produced >= self.request.submit.sampling.max_tokens:
+            self.finish_reason = "length"
+        return text
+
+    def rest(self) -> str:
+        """What is left of its text, once it has ended."""
+        text = self.text.finish()
+        if self.text.stopped:
+            self.finish_reason = "stop"
+        return text
 
     def full_hashes(self, block_size: int) -> list[bytes]:
         """The chained hashes of the blocks that `tokens` fills completely."""
@@ -77,9 +96,11 @@ class Request:
     held: Any = None  # the merged copy that it runs on (copyroom.Held)
     residency: Residency = field(default_factory=Residency)
     key: str | None = field(init=False)  # the adapter's
+    kind: str = field(init=False)  # of its lane: base, shared or merged
 
     def __post_init__(self) -> None:
         self.key = self.submit.adapter.key if self.submit.adapter else None
+        self.kind = "base" if self.key is None else "shared" if self.held is None else "merged"
 
     @property
     def cached(self) -> int:

@@ -223,7 +223,7 @@ class Shares:
     def figures(self) -> dict[str, ShareFigures]:
         """What each tenant that is known has had, and has open."""
         known = self._tenants.values()
-        return {one.name: ShareFigures(one.served, len(one.waiting), one.rows) for one in known}
+        return {one.name: ShareFigures(one.served, len(one.waiting), one.rows, one.weight) for one in known}
 
     def _ahead(self, tenant: Account) -> bool:
         return tenant.counter > self._far if self.contended else self._quiet < LINGER

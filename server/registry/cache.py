@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from time import monotonic
 
+from server.histogram import LOAD, Histogram
 from server.lora.eviction import LeastRecent, Order, reload_cost
 from server.lora.weights import AdapterWeights
 
@@ -25,6 +27,7 @@ class AdapterCache:
         self._order = order or LeastRecent()
         self._loading: dict[str, Future[AdapterWeights]] = {}
         self._used = self._hits = self._misses = self._evictions = 0
+        self.load_seconds = Histogram(LOAD)  # of what `load` gave; changed under the lock
 
     def get(self, key: str) -> AdapterWeights:
         """The adapter, from RAM or loaded now. One load a key however many threads ask; raises what `load` raises.
@@ -58,6 +61,7 @@ class AdapterCache:
             self._forget(key)
 
     def _run(self, key: str, loading: Future[AdapterWeights]) -> None:
+        start = monotonic()
         try:
             weights = self._load(key)
         except BaseException as exc:
@@ -66,6 +70,7 @@ class AdapterCache:
             loading.set_exception(exc)
             return
         with self._lock:
+            self.load_seconds.add(monotonic() - start)
             if self._finish(key, loading):
                 self._keep(key, weights)
         loading.set_result(weights)

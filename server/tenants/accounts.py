@@ -52,6 +52,7 @@ class Entry:
         self._accounts, self._record, self._reservation = accounts, record, reservation
         self._counts: Counts | None = None
         self._told = (0, 0)
+        self.cost = 0  # micro-dollars, once it has ended
         allowance = reservation.allowance
         self.most = None if allowance is None else self.rates.affordable(allowance, record.prompt, 0)
 
@@ -89,7 +90,8 @@ class Entry:
             prompt = cached = completion = 0
         record = replace(self._record, status=status, lane=lane, prompt=prompt, cached=cached, completion=completion)
         self._accounts.left(record.request_id)
-        self._reservation.settle(prompt + completion, record.charge.total)
+        self.cost = record.charge.total
+        self._reservation.settle(prompt + completion, self.cost)
         return self._accounts.ledger.close(record)
 
 

@@ -24,6 +24,7 @@ class Scope(StrEnum):
     GENERATE = "generate"
     ADAPTERS_WRITE = "adapters:write"
     USAGE_READ = "usage:read"
+    METRICS_READ = "metrics:read"
     ADMIN = "admin"
 
 

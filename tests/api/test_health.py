@@ -76,7 +76,7 @@ def test_metrics_are_text_0_0_4_whatever_the_client_would_rather_have(server, ac
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "# EOF" not in response.text
     found = families(response)
-    assert all(name.startswith("onebase_") for name in found)
+    assert all(name.startswith(("onebase_", "process_", "python_")) for name in found)
     assert all(family.documentation for family in found.values())
     assert {"onebase_num_requests_running", "onebase_num_requests_waiting", "onebase_kv_cache_usage_perc"} <= set(found)
 

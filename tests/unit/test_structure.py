@@ -22,13 +22,14 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "settings": set(),
     "machine": set(),
+    "histogram": set(),
     "kernels": set(),
     "lora": BOTTOM | {"kernels"},
     "model": BOTTOM | {"kernels"},
-    "engine": BOTTOM | {"kernels", "lora", "model"},
-    "registry": BOTTOM | {"lora.eviction", "lora.weights", "lora.spec"},
+    "engine": BOTTOM | {"histogram", "kernels", "lora", "model"},
+    "registry": BOTTOM | {"histogram", "lora.eviction", "lora.weights", "lora.spec"},
     "tenants": BOTTOM,
-    "metrics": {"engine.messages"},
+    "metrics": BOTTOM | {"histogram", "machine", "engine.messages"},
     "api": BOTTOM | {"settings", "metrics", "registry", "tenants", "engine", "model.loader"},
     "app": BOTTOM | {"settings", "machine", "metrics", "registry", "tenants", "engine", "lora", "model", "api"},
     "datadir": set(),
@@ -44,6 +45,7 @@ HEAVY = {"torch", "transformers", "peft"}
 LIGHT_MODULES = [
     "server.core",
     "server.errors",
+    "server.histogram",
     "server.machine",
     "server.settings",
     "server.engine.blocks",
@@ -58,7 +60,7 @@ LIGHT_MODULES = [
     "server.registry.store",
     "server.registry.sources",
 ]
-NO_WEB_LAYERS = ("core", "errors", "machine", "kernels", "engine", "lora", "model", "registry", "tenants")
+NO_WEB_LAYERS = ("core", "errors", "histogram", "machine", "kernels", "engine", "lora", "model", "registry", "tenants")
 FILES = sorted(SERVER.rglob("*.py"))
 
 

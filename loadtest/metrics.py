@@ -1,0 +1,151 @@
+"""What the metrics cost: `python -m loadtest.metrics`, over HTTP.
+
+- `streams`: 16 streams on the server, and on one that counts nothing (`loadtest/uncounted.py`), by turns.
+- `scrape`: `/metrics` of a server with 5,000 adapters that have all had a request, and how long `/healthz` takes beside
+  that and without it: as long as the event loop stands still.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from loadtest.adapters import Adapter, upload
+from loadtest.compare import RESULTS
+from loadtest.lanes import Bench, Stream
+from loadtest.peers.onebase import serve
+from loadtest.stamp import stamp
+from loadtest.tenants import serving
+from server.model.bundled import materialise
+
+ROWS, TURNS, ROUNDS = 16, 3, 15  # streams, requests of each, and pairs
+ADAPTERS, SCRAPES = 5_000, 50
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    rounds: int
+    adapters: int
+
+
+def main() -> None:
+    """Writes `results/metrics-<dtype>.json` and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of 16 streams")
+    parser.add_argument("--adapters", type=int, default=ADAPTERS, help="registered while /metrics is read")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
+    arguments = parser.parse_args()
+    found = json.dumps(measure(arguments.dtype, Effort(arguments.rounds, arguments.adapters)), indent=2)
+    (arguments.out / f"metrics-{arguments.dtype}.json").write_text(found + "\n")
+    print(found)
+
+
+def measure(dtype: str, effort: Effort) -> dict[str, Any]:
+    """Both parts, one after the other."""
+    command = f"python -m loadtest.metrics --dtype {dtype}"
+    if effort != Effort(ROUNDS, ADAPTERS):
+        command += f" --rounds {effort.rounds} --adapters {effort.adapters}"
+    report = {**stamp(command), "dtype": dtype, "streams": streams(dtype, effort.rounds)}
+    return report | {"scrape": scrape(dtype, effort.adapters)}
+
+
+def streams(dtype: str, rounds: int) -> dict[str, float]:
+    """Only one of the two servers is awake at a time, and which of them goes first changes."""
+    rates: dict[str, list[float]] = {"counted": [], "uncounted": []}
+    with serving(dtype, program="loadtest.uncounted") as bare, serving(dtype) as counted:
+        servers = {"uncounted": bare, "counted": counted}
+        for at in range(rounds + 1):
+            for name in sorted(servers, reverse=bool(at % 2)):
+                server, other = servers[name], next(one for key, one in servers.items() if key != name)
+                other.process.pause()
+                rate = Bench(server.url, [], key=server.keys["b"]).rate([Stream(requests=TURNS)] * ROWS)
+                other.process.resume()
+                if at:  # the first warms up
+                    rates[name].append(rate)
+    ratios = [one / other for one, other in zip(rates["counted"], rates["uncounted"], strict=True)]
+    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+    return {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()} | {
+        "counted / uncounted": float(middle),
+        "counted / uncounted, lower quartile": float(low),
+        "counted / uncounted, upper quartile": float(high),
+    }
+
+
+def scrape(dtype: str, adapters: int) -> dict[str, float]:
+    """Milliseconds, and the series that there are."""
+    folder = materialise()
+    with tempfile.TemporaryDirectory() as data:
+        process, url = serve(Path(data) / "server", dtype=dtype, device="cpu")
+        try:
+            with httpx.Client(base_url=url, timeout=120) as http, ThreadPoolExecutor(AT_ONCE) as threads:
+                names = [_put(http, Adapter(at, 1, "attention"), folder) for at in range(adapters)]
+                list(threads.map(lambda name: _ask(http, name), names))
+                alone = _pings(http, lambda: time.sleep(0.02))
+                took: list[float] = []
+                beside = _pings(http, lambda: took.append(_read(http)))
+                series = sum(not line.startswith("#") for line in http.get("/metrics").text.splitlines())
+        finally:
+            process.stop()
+    return {
+        "registered": adapters,
+        "series": series,
+        "ms": statistics.median(took) * 1e3,
+        "healthz_max_ms, alone": max(alone) * 1e3,
+        "healthz_max_ms, beside": max(beside) * 1e3,
+    }
+
+
+def _put(http: httpx.Client, adapter: Adapter, base: Path) -> str:
+    upload(http, adapter.name, adapter.config(), adapter.weights(base))
+    return adapter.name
+
+
+def _ask(http: httpx.Client, name: str) -> None:
+    body = {"adapter": name, "prompt": [100, 200, 300], "max_tokens": 1}
+    http.post("/v1/generate", json=body).raise_for_status()
+
+
+def _read(http: httpx.Client) -> float:
+    start = time.perf_counter()
+    http.get("/metrics").raise_for_status()
+    return time.perf_counter() - start
+
+
+def _pings(http: httpx.Client, busy: Any) -> list[float]:
+    """Seconds of each `/healthz` while `busy` is called SCRAPES times."""
+    over, found = threading.Event(), list[float]()
+
+    def ping() -> None:
+        while not over.is_set():
+            start = time.perf_counter()
+            http.get("/healthz").raise_for_status()
+            found.append(time.perf_counter() - start)
+
+    thread = threading.Thread(target=ping)
+    thread.start()
+    try:
+        for _ in range(SCRAPES):
+            busy()
+    finally:
+        over.set()
+        thread.join()
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Tenants and adapters by name, the busiest of them. Only for whoever may see every tenant's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+
+from prometheus_client.core import Metric
+
+from server.engine.messages import ShareFigures
+from server.metrics.families import Family
+from server.metrics.traffic import OTHER, OUTCOMES, Shown
+
+_of_adapter = partial(Family, "counter", labels=("tenant", "adapter"))
+_of_tenant = partial(Family, labels=("tenant",))
+
+REQUESTS = Family(
+    "counter",
+    "onebase_adapter_requests",
+    "Ended requests by who asked and what for; the base is (base).",
+    "requests",
+    ("tenant", "adapter", "outcome"),
+)
+TOKENS = Family(
+    "counter",
+    "onebase_adapter_tokens",
+    "Their tokens; prompt includes cached.",
+    "tokens",
+    ("tenant", "adapter", "kind"),
+)
+COST = _of_adapter("onebase_adapter_cost_microusd", "What they cost; what failed costs nothing.", "micro-dollars")
+FIRST_SECONDS = _of_adapter(
+    "onebase_adapter_ttft_seconds", "Seconds to the first token, of all that had one.", "seconds"
+)
+FIRSTS = _of_adapter("onebase_adapter_ttft_requests", "Requests that had a first token.", "requests")
+COLD = _of_adapter("onebase_adapter_cold_starts", "Requests whose adapter was not on the device.", "requests")
+LOAD = _of_adapter("onebase_adapter_load_wait_seconds", "What these waited for it.", "seconds")
+DECODE = _of_adapter("onebase_adapter_decode_seconds", "From the first token to the end, of all requests.", "seconds")
+
+TENANT_FIRST = _of_tenant(
+    "histogram", "onebase_tenant_ttft_seconds", "From submission to the first token, counted at the end.", "seconds"
+)
+REFUSALS = Family(
+    "counter",
+    "onebase_tenant_limit_refusals",
+    "Requests over the tenant's own limits.",
+    "requests",
+    ("tenant", "code"),
+)
+RUNNING = _of_tenant("gauge", "onebase_tenant_running", "The tenant's sequences in the batch.", "sequences")
+WAITING = _of_tenant("gauge", "onebase_tenant_waiting", "The tenant's sequences that wait.", "sequences")
+SERVED = _of_tenant(
+    "counter",
+    "onebase_tenant_served_tokens",
+    "Tokens of ended requests, each as much as it counts in the tenant's fair share (its price).",
+    "priced tokens",
+)
+
+
+def families(shown: Shown, shares: Mapping[str, ShareFigures]) -> Iterator[Metric]:
+    """All of this module."""
+    adapters = shown.adapters
+    yield REQUESTS.by({(*name, outcome): getattr(one, outcome) for name, one in adapters for outcome in OUTCOMES})
+    yield TOKENS.by(
+        {(*name, kind): getattr(one, kind) for name, one in adapters for kind in ("prompt", "cached", "completion")}
+    )
+    for family, part in (
+        (COST, "cost"),
+        (FIRST_SECONDS, "first_seconds"),
+        (FIRSTS, "firsts"),
+        (COLD, "cold"),
+        (LOAD, "load_seconds"),
+        (DECODE, "decode_seconds"),
+    ):
+        yield family.by({name: getattr(one, part) for name, one in adapters})
+    yield TENANT_FIRST.histograms(((name,), one.first) for name, one in shown.tenants)
+    yield REFUSALS.by({(name, code): count for name, one in shown.tenants for code, count in one.refused.items()})
+    yield SERVED.by({name: one.served for name, one in shown.tenants})
+    named = {name for name, _ in shown.tenants}
+    running, waiting = dict.fromkeys(named, 0), dict.fromkeys(named, 0)
+    for tenant, share in shares.items():
+        name = tenant if tenant in named else OTHER
+        running[name] += share.running
+        waiting[name] += share.waiting
+    yield RUNNING.by(running)
+    yield WAITING.by(waiting)
