@@ -11,7 +11,7 @@ from typing import Self
 
 from server.api.state import State
 from server.core import AdapterRef
-from server.engine.messages import CopyFigures
+from server.engine.stats import CopyFigures
 from server.errors import TenantNotFound
 from server.registry.records import Key, Record
 from server.tenants.holdings import Held

@@ -12,7 +12,7 @@ from fastapi import Request
 
 from server.api.state import State
 from server.core import digest_in
-from server.engine.messages import Stats
+from server.engine.stats import Stats
 from server.errors import Forbidden
 from server.metrics.engine import Queue
 from server.metrics.page import Moment, ready

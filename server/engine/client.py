@@ -14,19 +14,8 @@ from time import monotonic
 from server.core import AdapterRef
 from server.engine.bounds import Bounds
 from server.engine.engine import Engine
-from server.engine.messages import (
-    CopyFigures,
-    Delta,
-    Done,
-    Event,
-    LaneChanged,
-    Merge,
-    Residency,
-    Stats,
-    Submit,
-    Times,
-    Unmerge,
-)
+from server.engine.messages import Delta, Done, Event, LaneChanged, Merge, Residency, Submit, Times, Unmerge
+from server.engine.stats import CopyFigures, Stats
 from server.errors import EngineFailure, OnebaseError, Overloaded
 
 log = logging.getLogger("onebase.engine")

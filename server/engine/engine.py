@@ -16,7 +16,6 @@ from time import monotonic
 from server.core import AdapterRef
 from server.engine.automerge import AutoMerge
 from server.engine.blocks import chain_seed
-from server.engine.building import Builder
 from server.engine.calibrate import calibrate
 from server.engine.counting import Counting
 from server.engine.figures import Figures

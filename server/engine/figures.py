@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from server.engine.loading import AdapterLoader
 from server.engine.merging import MergedCopies
-from server.engine.messages import Stats
 from server.engine.scheduler import Scheduler
+from server.engine.stats import Stats
 
 
 @dataclass(slots=True)

@@ -20,7 +20,8 @@ from typing import cast
 from server.core import AdapterRef
 from server.engine.building import Builder, BuildingThread
 from server.engine.copyroom import CopyRoom, Held, Name, makes_way, name_of
-from server.engine.messages import Built, CopyFigures, LaneChanged, Merge, Unmerge, Weighed
+from server.engine.messages import Built, LaneChanged, Merge, Unmerge, Weighed
+from server.engine.stats import CopyFigures
 from server.errors import Conflict, OnebaseError
 from server.lora.merge import MergedCopy
 from server.lora.weights import AdapterWeights

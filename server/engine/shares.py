@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator
 from heapq import heapify, heappop, heapreplace
 
 from server.engine.account import Account, place
-from server.engine.messages import ShareFigures
 from server.engine.sequence import Sequence
+from server.engine.stats import ShareFigures
 
 # How far, in full steps of the dearest tokens, a tenant may be ahead of another and still be in its steps; and how far
 # behind the others one begins that comes back. It lets a few prompts through before the others have their turn.

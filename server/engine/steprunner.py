@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from server.engine.building import Builder
 from server.engine.clock import Clock
-from server.engine.merging import Builder
 from server.engine.sampler import Choice
 from server.engine.scheduler import Work
 from server.lora.merge import MergedCopy

@@ -7,7 +7,7 @@ from functools import partial
 
 from prometheus_client.core import Metric
 
-from server.engine.messages import ShareFigures
+from server.engine.stats import ShareFigures
 from server.metrics.families import Family
 from server.metrics.traffic import OTHER, OUTCOMES, Shown
 

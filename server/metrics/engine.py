@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from prometheus_client.core import Metric
 
-from server.engine.messages import Stats
+from server.engine.stats import Stats
 from server.metrics.families import Family
 
 RUNNING = Family("gauge", "onebase_num_requests_running", "Sequences in the batch.", "sequences")

@@ -8,7 +8,7 @@ from time import monotonic
 
 from prometheus_client.core import Metric
 
-from server.engine.messages import ShareFigures
+from server.engine.stats import ShareFigures
 from server.metrics.families import Family
 
 WINDOW = 60.0  # seconds that are looked back at

@@ -9,7 +9,7 @@ from prometheus_client import generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from server.engine.messages import ShareFigures, Stats
+from server.engine.stats import ShareFigures, Stats
 from server.metrics import customers, engine, http, process, requests, tenants, tiers, vllm
 from server.metrics.engine import Queue
 from server.metrics.fairness import Fairness

@@ -7,7 +7,7 @@ from functools import partial
 
 from prometheus_client.core import Metric
 
-from server.engine.messages import Stats
+from server.engine.stats import Stats
 from server.metrics.families import Family
 
 _times = partial(Family, "histogram", unit="seconds", labels=("lane",))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from prometheus_client.core import Metric
 
-from server.engine.messages import Stats
+from server.engine.stats import Stats
 from server.histogram import Histogram
 from server.metrics.families import Family
 
@@ -100,5 +100,5 @@ def families(stats: Stats, ram: RamTier, registered: int, merged_capacity: int) 
     yield COPIES.by({"request": len(stats.copies) - automatic, "auto": automatic})
     yield MERGED.of(stats.merged_bytes)
     yield MOST_MERGED.of(merged_capacity)
-    yield MERGED_SECONDS.of(sum(stats.merged_byte_seconds.values()))
+    yield MERGED_SECONDS.of(stats.merged_byte_seconds)
     yield CHANGES.by(dict(stats.lane_changes))

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 
 from prometheus_client.core import Metric
 
-from server.engine.messages import Stats
+from server.engine.stats import Stats
 from server.metrics.families import Family
 
 RUNNING = Family("gauge", "vllm:num_requests_running", "As onebase_num_requests_running.", "sequences")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.api.held import Sampler
-from server.engine.messages import CopyFigures
+from server.engine.stats import CopyFigures
 from server.registry.records import ref_of
 from server.tenants.holdings import Held
 from tests.serving import until

@@ -13,7 +13,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-from server.engine.messages import Done, Prices, Residency, ShareFigures, Times
+from server.engine.messages import Done, Prices, Residency, Times
+from server.engine.stats import ShareFigures
 from server.metrics import customers, page
 from server.metrics.fairness import Fairness, jain
 from server.metrics.families import FAMILIES, Family
