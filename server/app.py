@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import os
 import shutil
 import sys
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,11 +18,12 @@ import torch
 from fastapi import FastAPI
 
 from server import machine
-from server.api import adapters, admin, errors, generate, health, limits, page, usage
+from server.api import adapters, admin, errors, generate, health, limits, page, requestline, usage
 from server.api.held import Sampler
 from server.api.lanes import EngineLanes, restore
 from server.api.schemas import ErrorEnvelope
 from server.api.state import State
+from server.api.trail import Traces, Trails
 from server.engine.blocks import BlockPool
 from server.engine.client import EngineClient
 from server.engine.engine import Engine
@@ -80,6 +83,7 @@ def create_app(settings: Settings, base: Base | None = None, *, ledger: type[Led
         responses={"4XX": {"model": ErrorEnvelope}, "5XX": {"model": ErrorEnvelope}},
     )
     app.state.onebase = state
+    app.add_middleware(Trails, tell=partial(requestline.tell, state))
     app.add_middleware(limits.BodyLimit, limit=limits.by_kind(settings.max_upload_bytes))
     errors.install(app)
     app.add_middleware(CountResponses, responses=state.responses)
@@ -98,6 +102,8 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
         gc.freeze()
         stack.callback(gc.unfreeze)
         stack.push_async_callback(asyncio.to_thread, state.registry.close)  # while the directory is ours
+        if state.traces is not None:
+            stack.push_async_callback(asyncio.to_thread, state.traces.close)
         claim = await stack.enter_async_context(claimed(state.settings.database))
         database = await open_database(state.settings.database, claim)
         stack.push_async_callback(database.close)
@@ -105,7 +111,9 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
         stack.push_async_callback(state.accounts.close)
         claim.regained = state.accounts.reload
         if token is not None:
-            print(f"The admin key, for AUTH=on; it is shown this once:\n{token}", file=sys.stderr, flush=True)
+            # Written whole: log lines come too.
+            sys.stderr.write(f"The admin key, for AUTH=on; it is shown this once:\n{token}\n")
+            sys.stderr.flush()
         state.client.attach(engine)
         stack.push_async_callback(state.client.close)
         state.registry.lanes = EngineLanes(state)
@@ -118,6 +126,19 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
 async def _ended(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait({task})
+
+
+def traces(settings: Settings, base: Base) -> Traces | None:
+    """Where traces go; None: nowhere. The variables that OpenTelemetry itself knows will do as well."""
+    named = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not settings.otlp_endpoint and not any(os.environ.get(name) for name in named):
+        return None
+    try:
+        from server.api.spans import Spans, exporting  # an extra
+    except ImportError:
+        log.warning("no traces are sent: they need pip install 'onebase[otel]'")
+        return None
+    return Spans(exporting(settings.otlp_endpoint), base.info.name)
 
 
 def outlet(settings: Settings) -> Outlet | None:
@@ -159,7 +180,7 @@ def build(settings: Settings, base: Base) -> tuple[State, Engine]:
         merged_share=settings.merged_share,
         auto_merge=settings.auto_merge,
     )
-    state = State(settings, base, store, registry, cache, client, longest)
+    state = State(settings, base, store, registry, cache, client, longest, traces=traces(settings, base))
     if settings.preload is not None:
         preload(state, settings.preload)
     return state, engine

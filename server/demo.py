@@ -105,7 +105,7 @@ def server(*flags: str) -> Iterator[Server]:
         data.mkdir(mode=0o700)
         (data / "models").symlink_to(models)  # converted once; the demo's adapters stay out of the real store
         command = [sys.executable, "-m", "server.cli", "serve", "--base", BASE, "--data-dir", str(data)]
-        command += ["--host", "127.0.0.1", "--port", "0", *flags]
+        command += ["--host", "127.0.0.1", "--port", "0", "--log-format", "text", *flags]
         log = Path(folder) / "server.log"
         with log.open("wb") as out:
             # Our own directory as the working directory: `server` is found without being installed.

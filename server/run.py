@@ -10,6 +10,7 @@ from types import FrameType
 
 import uvicorn
 
+from server import logs
 from server.api.state import State
 from server.app import create_app
 from server.datadir import own
@@ -84,9 +85,11 @@ async def _check_database(url: str) -> None:
 
 def serve(settings: Settings, *, ledger: type[Ledger] = Ledger) -> int:
     """Serves until a signal; the exit status. `ledger` is what writes usage down."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    for noisy in ("httpx", "huggingface_hub"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    with logs.writing(sys.stderr, settings.log_format, settings.log_level):
+        return _serve(settings, ledger)
+
+
+def _serve(settings: Settings, ledger: type[Ledger]) -> int:
     try:
         _check_port(settings.host, settings.port)
         own(settings.data_dir)
@@ -111,7 +114,8 @@ def serve(settings: Settings, *, ledger: type[Ledger] = Ledger) -> int:
         # Not httptools: it bounds neither headers nor URLs, and loses the body of a request that offers an upgrade.
         http="h11",
         loop="asyncio",
-        log_level="info",
+        log_config=None,  # uvicorn's lines go the way of all others
+        log_level=settings.log_level,
         access_log=False,
         timeout_graceful_shutdown=5,
         server_header=False,

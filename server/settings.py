@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, field_serializer, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_serializer, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 MIB = 1024**2
@@ -90,6 +90,15 @@ class Settings(BaseSettings):
     vllm_metrics: bool = Field(False, description="add the `vllm:` metrics that the Kubernetes inference gateway reads")
     drain_seconds: float = Field(30.0, ge=0, le=3600, description="how long SIGTERM waits for running requests")
 
+    log_format: Literal["auto", "json", "text"] = Field("auto", description="auto: text on a terminal, else JSON")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the least that is logged; debug shows probes too"
+    )
+    log_prompts: bool = Field(False, description="log the first 4,000 characters of each prompt")
+    otlp_endpoint: str = Field(
+        "", description="http(s) address of an OpenTelemetry collector that gets traces (needs onebase[otel])"
+    )
+
     @field_validator("base_names", "adapter_sources", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -103,14 +112,15 @@ class Settings(BaseSettings):
         except RuntimeError as fault:  # a user without a home
             raise ValueError(f"{value}: {fault}") from fault
 
-    @field_validator("events_url")
+    @field_validator("events_url", "otlp_endpoint")
     @classmethod
-    def _address(cls, value: str) -> str:
+    def _address(cls, value: str, info: ValidationInfo) -> str:
         parts = urlsplit(value)
         if value and (parts.scheme not in ("http", "https") or not parts.hostname):
             raise ValueError("an address is http:// or https://")
         if parts.username is not None or parts.password is not None:
-            raise ValueError("a secret belongs into EVENTS_TOKEN, not into the address")
+            place = "EVENTS_TOKEN" if info.field_name == "events_url" else "OTEL_EXPORTER_OTLP_HEADERS"
+            raise ValueError(f"a secret belongs into {place}, not into the address")
         return value
 
     @field_validator("events_token")

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.trail import fails
 from server.errors import InvalidRequest, OnebaseError
 
 log = logging.getLogger("onebase.api")
@@ -47,8 +48,9 @@ class RequestId:
         await self.app(scope, receive, with_id)
 
 
-def answer(fault: OnebaseError) -> Response:
+def answer(request: Request, fault: OnebaseError) -> Response:
     """The HTTP answer of a fault."""
+    fails(request, fault.code)
     wait = fault.retry_after or (RETRY_AFTER if fault.status == 503 else None)
     headers = fault.headers | ({"Retry-After": str(wait)} if wait else {})
     content = json.dumps(fault.envelope())  # in ASCII: a message may repeat what is no valid text
@@ -66,31 +68,32 @@ def install(app: FastAPI) -> None:
 
 
 async def _on_fault(request: Request, fault: Any) -> Response:
-    return answer(fault)
+    return answer(request, fault)
 
 
 async def _on_invalid(request: Request, fault: Any) -> Response:
     first = fault.errors()[0]
     if first["type"] == "json_invalid":
-        return answer(InvalidRequest(f"the body is not JSON: {first['ctx']['error']}"))
+        return answer(request, InvalidRequest(f"the body is not JSON: {first['ctx']['error']}"))
     _, *place = first["loc"]  # without `body`, `query`, …; and without the tags that schemas.py gives to forms
     param = ".".join(str(part) for part in place if not str(part).startswith("<"))[:MAX_PARAM] or None
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
         message = "the body must be a JSON object, sent as application/json"
-    return answer(InvalidRequest(f"{param}: {message}" if param else message, param=param))
+    return answer(request, InvalidRequest(f"{param}: {message}" if param else message, param=param))
 
 
 async def _on_http(request: Request, fault: Any) -> Response:
     if fault.status_code == 400:  # the framework's word for a body that it cannot parse
-        return answer(InvalidRequest(str(fault.detail)))
+        return answer(request, InvalidRequest(str(fault.detail)))
     kind = _TYPES.get(fault.status_code, "invalid_request_error")
-    codes = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+    code = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}.get(fault.status_code, "http_error")
+    fails(request, code)
     body = {
         "message": str(fault.detail),
         "type": kind,
         "param": None,
-        "code": codes.get(fault.status_code, "http_error"),
+        "code": code,
     }
     return JSONResponse({"error": body}, status_code=fault.status_code, headers=getattr(fault, "headers", None))
 
@@ -101,7 +104,7 @@ async def _on_gone(request: Request, fault: Any) -> Response:
 
 async def _on_unexpected(request: Request, fault: Any) -> Response:
     log.error("unexpected fault", exc_info=fault)
-    response = answer(OnebaseError("an unexpected error; the server's log has more"))
+    response = answer(request, OnebaseError("an unexpected error; the server's log has more"))
     response.headers["Connection"] = "close"  # uvicorn closes it after a fault; a client must not send more on it
     request_id = request.scope.get("state", {}).get("request_id")
     if request_id:  # this handler's answer is sent outside the middleware that adds it

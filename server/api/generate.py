@@ -23,6 +23,7 @@ from server.api.access import Caller, guarded
 from server.api.render import Answer
 from server.api.schemas import GenerateRequest, GenerateResponse
 from server.api.state import Activity, State, state_of
+from server.api.trail import Trail, trail_of
 from server.engine.client import Stream
 from server.engine.messages import Delta, Done, Prices, Sampling, Submit
 from server.errors import EngineFailure, InvalidRequest, OnebaseError, QueueShare, RateLimited
@@ -45,7 +46,9 @@ OneState = Annotated[State, Depends(state_of)]
 )
 async def generate(body: GenerateRequest, request: Request, caller: Caller, state: OneState) -> Response:
     """Answers with the whole text, or with Server-Sent Events when `stream` is true."""
-    stream, answer = await _open(body, caller, state)
+    trail = trail_of(request)
+    trail.asks(body, prompts=state.settings.log_prompts)
+    stream, answer = await _open(body, caller, state, trail)
     watcher = asyncio.create_task(_cancel_when_gone(request, state, stream))
 
     def end() -> None:
@@ -58,7 +61,7 @@ async def generate(body: GenerateRequest, request: Request, caller: Caller, stat
             first = await anext(events)
             if isinstance(first, Done) and first.error is not None:
                 raise first.error  # nothing has been sent yet: the fault can still have its own status
-            chunks = _chunks(first, events, answer, stream.submit.n)
+            chunks = _chunks(first, events, answer, stream.submit.n, trail)
             headers = _UNBUFFERED | state.accounts.admission.headers(caller.tenant)
             return _Answered(chunks, end, media_type="text/event-stream", headers=headers)
         async for event in stream:
@@ -102,7 +105,7 @@ def _whole(answer: Answer) -> bytes:
     return answer.dump(answer.whole()).encode()
 
 
-async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple[Stream, Answer]:
+async def _open(body: GenerateRequest, caller: Principal, state: State, trail: Trail) -> tuple[Stream, Answer]:
     """Resolves the adapter, reads the prompt if its tenant could have an answer, books the request and queues it. The
     lease ends with the request, once, and so does its entry in the accounts."""
     prompts.check(body, state.base, state.max_context)
@@ -120,7 +123,7 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
             batch=body.priority == "batch",
         )
         submit = _submit(body, request_id, prompt, lease, caller, entry)
-        ending = _Ending(entry, lease, submit, state.traffic)
+        ending = _Ending(entry, trail, lease, submit, state.traffic)
         stream = state.client.submit(submit, ending)
     except BaseException as fault:
         if entry is not None:
@@ -133,6 +136,7 @@ async def _open(body: GenerateRequest, caller: Principal, state: State) -> tuple
             state.traffic.refused(caller.tenant.id, fault.code)
         raise
     entry.runs(lambda: (stream.cached, stream.made))
+    trail.runs(stream, entry)
     if lease is not None:
         ending.activity = state.began(lease.ref)
     return stream, Answer(submit, state.base, state.names, int(time.time()), entry.rates)
@@ -198,6 +202,7 @@ class _Ending:
     """What is done, once, when the request has ended: everything goes back, and it is written down."""
 
     entry: Entry
+    trail: Trail
     lease: Lease | None
     submit: Submit
     traffic: Traffic
@@ -209,7 +214,12 @@ class _Ending:
         if self.activity is not None:
             self.activity.in_flight -= 1
         lane = "base" if self.lease is None else "merged" if done.residency.merged else "shared"
-        written = self.entry.close(done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens)
+        try:
+            written = self.entry.close(
+                done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens
+            )
+        finally:
+            self.trail.done(done, lane)
         adapter = self.submit.adapter.name if self.submit.adapter else None
         self.traffic.ended(self.submit.tenant, adapter, done, self.entry.cost, self.submit.prices)
         return written
@@ -239,7 +249,7 @@ async def _cancel_when_gone(request: Request, state: State, stream: Stream) -> N
 
 
 async def _chunks(
-    first: Delta | Done, events: AsyncIterator[Delta | Done], answer: Answer, left: int
+    first: Delta | Done, events: AsyncIterator[Delta | Done], answer: Answer, left: int, trail: Trail
 ) -> AsyncIterator[bytes]:
     """Chunks of `left` answers, the last one with usage, then `[DONE]`; or, after a fault, `event: error` as the last.
     The stream never just stops.
@@ -259,10 +269,12 @@ async def _chunks(
                 last = event  # held back until its Done, which comes with it: the very last one carries the usage
         yield format_sse_event(data_str="[DONE]")
     except OnebaseError as fault:
+        trail.fails(fault)
         yield format_sse_event(event="error", data_str=answer.dump(fault.envelope()))
     except Exception:
         log.exception("a stream could not be continued")
         told = EngineFailure("the stream could not be continued")
+        trail.fails(told)
         yield format_sse_event(event="error", data_str=answer.dump(told.envelope()))
 
 

@@ -10,7 +10,8 @@ MAX_PROMPT_CHARS = 2_000_000
 MAX_PROMPT_TOKENS = 1_000_000
 MAX_N = 16
 MAX_STOPS = 16
-AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+ADAPTER_NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+AdapterName = Annotated[str, StringConstraints(pattern=ADAPTER_NAME)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 

@@ -13,6 +13,7 @@ from fastapi import Request
 from server.api.parts import Lines, Places
 from server.api.reads import Reads
 from server.api.render import TokenNames
+from server.api.trail import Traces
 from server.core import AdapterRef
 from server.engine.client import EngineClient
 from server.metrics.fairness import Fairness
@@ -45,10 +46,10 @@ class Activity:
 
 @dataclass
 class State:
-    """Everything an endpoint may reach. `accounts` are there while the server runs; `activity` is by (owner, name);
-    `reads` has the turns at long prompts; `uploads` bounds how many uploads are under way, `fetches` the threads that
-    fetch some of them, `checks` how many are checked, `changes` how many calls change a name, `pages` how many pages of
-    usage are made. `responses` and `fairness` are for the metrics.
+    """Everything an endpoint may reach. `accounts` are there while the server runs; `traces` is where they go, if
+    anywhere; `activity` is by (owner, name); `reads` has the turns at long prompts; `uploads` bounds how many uploads
+    are under way, `fetches` the threads that fetch some of them, `checks` how many are checked, `changes` how many
+    calls change a name, `pages` how many pages of usage are made. `responses` and `fairness` are for the metrics.
     """
 
     settings: Settings
@@ -60,6 +61,7 @@ class State:
     max_context: int
     accounts: Accounts = field(init=False)
     reads: Reads = field(init=False)
+    traces: Traces | None = None
     activity: dict[tuple[str, str], Activity] = field(default_factory=dict)
     responses: Responses = field(default_factory=Counter)
     fairness: Fairness = field(default_factory=Fairness)

@@ -30,6 +30,7 @@ class Stream:
     def __init__(self, submit: Submit, on_done: OnDone):
         self.submit, self.on_done = submit, on_done
         self.cached, self.made = 0, 0  # tokens of the prompt that were cached, and tokens made, so far
+        self.reasons: dict[int, str] = {}  # why its answers ended, by index
         self.left = False  # whether its reader has gone
         self._events: asyncio.Queue[Delta | Done] = asyncio.Queue()
 
@@ -44,6 +45,8 @@ class Stream:
         """Called on the event loop."""
         if isinstance(event, Delta):
             self.cached, self.made = event.cached, self.made + len(event.token_ids)
+            if event.finish_reason is not None:
+                self.reasons[event.index] = event.finish_reason
         self._events.put_nowait(event)
 
 

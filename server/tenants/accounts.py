@@ -61,6 +61,11 @@ class Entry:
         return self._record.rates
 
     @property
+    def record(self) -> Record:
+        """It on the bill; once it is closed, with what it used."""
+        return self._record
+
+    @property
     def weights(self) -> tuple[float, float, float]:
         """What a token of prompt, cached prompt and completion counts for in the tenant's fair share: standard prices,
         as a discount is no larger share."""
@@ -89,6 +94,7 @@ class Entry:
         if status == "error":
             prompt = cached = completion = 0
         record = replace(self._record, status=status, lane=lane, prompt=prompt, cached=cached, completion=completion)
+        self._record = record
         self._accounts.left(record.request_id)
         self.cost = record.charge.total
         self._reservation.settle(prompt + completion, self.cost)
