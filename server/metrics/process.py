@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import Metric
 
+from server import logs
 from server.machine import memory_limit
 from server.metrics.families import Family
 
@@ -24,6 +25,12 @@ DEVICE = Family(
     "Memory of the CUDA device: used (by anybody), free, and reserved by this process's allocator. Only on CUDA.",
     "bytes",
     ("kind",),
+)
+DROPPED = Family(
+    "counter",
+    "onebase_log_lines_dropped",
+    "Lines of the log that were not written: whoever reads stderr is too slow, or it could not be written.",
+    "lines",
 )
 
 
@@ -44,6 +51,7 @@ def families(machine: Machine) -> Iterator[Metric]:
     yield LIMIT.of(memory_limit())
     if machine.device:
         yield DEVICE.by(dict(machine.device))
+    yield DROPPED.of(logs.dropped())
     yield from _OWN.collect()
 
 
