@@ -39,7 +39,7 @@ def _now() -> list[Panel]:
             quantile(0.5, "onebase_engine_step_seconds"),
         ),
         number(
-            "Tokens a step",
+            "Tokens a step, mean",
             "Mean of the tokens that a step computes: rows that decode, and pieces of prompts.",
             "short",
             f"{total('onebase_iteration_tokens_sum')} / {total('onebase_iteration_tokens_count')}",
@@ -50,7 +50,7 @@ def _now() -> list[Panel]:
             "percentunit",
             lora_share(),
         ),
-        number("Prefix cache", "Share of prompt tokens found in it.", "percentunit", prefix_hits()),
+        number("Prefix cache hits", "Share of prompt tokens found in it.", "percentunit", prefix_hits()),
         number(
             "Stepping",
             "1 while the engine's thread lives and is not stuck in a step.",

@@ -25,7 +25,7 @@ def fleet() -> dashboard.Dashboard:
 def _now() -> list[Panel]:
     return [
         number("Servers", "Instances that Prometheus reaches.", "none", 'sum(up{job="onebase",instance=~"$instance"})'),
-        number("Tokens", "Tokens generated a second.", "short", total("onebase_generation_tokens_total")),
+        number("Tokens a second", "Tokens generated.", "short", total("onebase_generation_tokens_total")),
         number("Requests", "Requests ended a second, whatever came of them.", "reqps", total("onebase_requests_total")),
         number(
             "First token, p95",

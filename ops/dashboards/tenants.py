@@ -29,7 +29,7 @@ def _now() -> list[Panel]:
     return [
         number("Income", "Dollars an hour at the present rate.", DOLLARS, f"sum({spent}) * 3600 / 1e6"),
         number(
-            "Fairness",
+            "Fairness now",
             "Jain's index over what tenants with work have had for their weight: 1 is alike, 1/n is all to one.",
             "none",
             f"min({of('onebase_fairness_index')})",
