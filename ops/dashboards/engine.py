@@ -42,7 +42,7 @@ def _now() -> list[Panel]:
             "Tokens a step, mean",
             "Mean of the tokens that a step computes: rows that decode, and pieces of prompts.",
             "short",
-            f"{total('onebase_iteration_tokens_sum')} / {total('onebase_iteration_tokens_count')}",
+            f"{total('onebase_iteration_tokens_total_sum')} / {total('onebase_iteration_tokens_total_count')}",
         ),
         number(
             "LoRA",
@@ -100,7 +100,7 @@ def _batch() -> list[Panel]:
             "Tokens a step",
             "Median, 95th and 99th percentile of what a step computes; MAX_BATCH_TOKENS is its bound.",
             "short",
-            *quantiles("onebase_iteration_tokens"),
+            *quantiles("onebase_iteration_tokens_total"),
         ),
         series(
             "Preemptions",

@@ -65,9 +65,9 @@ class Prometheus:
     def ask(self, query: str, at: float | None = None) -> list[Any]:
         """The series that a query returns, now or at some time."""
         response = self.http.get("/query", params={"query": query} | ({"time": at} if at else {}))
-        body = response.json()
-        if response.status_code == 503:
+        if response.status_code == 503:  # it is starting
             return []
+        body = response.json()
         assert body["status"] == "success", (query, body)
         return list(body["data"]["result"])
 

@@ -70,7 +70,7 @@ class Fleet:
             stack.callback(lambda: [client.close() for client in self.clients])
             self.admin = self._client(server, said.getvalue().split("this once:\n")[1].split()[0])
             self.metrics_key = self._key("default", ["metrics:read"])
-            limits = {"acme": {"weight": 2.0, "soft_budget": 1}, "busy": {"rpm_limit": 60}}
+            limits = {"acme": {"weight": 2.0, "limits": {"soft_budget": 1}}, "busy": {"limits": {"rpm_limit": 60}}}
             self.tenants = {name: self._tenant(server, name, more) for name, more in limits.items()}
             yield server
 

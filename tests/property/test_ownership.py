@@ -33,6 +33,7 @@ from server.registry.holds import Lease
 from server.registry.quotas import Quota
 from server.registry.registry import Registry
 from server.registry.store import Store
+from server.settings import Settings
 from server.tenants.keys import Scope
 from server.tenants.tenant import Principal, Tenant
 from tests.adapters import stage_adapter, tiny_base
@@ -109,7 +110,8 @@ class Ownership(RuleBasedStateMachine):
         cache = AdapterCache(registry.load, 1 << 30)
         none: Any = None
         device: Any = self.device
-        self.state = State(none, none, store, registry, cache, device, 0)
+        settings = Settings(data_dir=self.folder)
+        self.state = State(settings, none, store, registry, cache, device, 0)
 
     def means(self, tenant: str, name: str) -> tuple[str, Owned] | None:
         """What the name is to the tenant, by the model, and whose it is."""
