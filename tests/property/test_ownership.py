@@ -14,7 +14,6 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -27,6 +26,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from server.api import adapters as api
 from server.api.schemas import AdapterPatch, Rollback
 from server.api.state import State
+from server.engine.stats import Stats
 from server.errors import AdapterNotFound, Conflict
 from server.registry.cache import AdapterCache
 from server.registry.holds import Lease
@@ -76,8 +76,8 @@ class Device:
     resident: set[str] = field(default_factory=set)
 
     @property
-    def stats(self) -> Any:
-        return SimpleNamespace(resident=frozenset(self.resident))
+    def stats(self) -> Stats:
+        return Stats(resident=frozenset(self.resident))
 
     def lane(self, adapter: object) -> None:
         return None
