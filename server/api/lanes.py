@@ -27,12 +27,13 @@ class EngineLanes:
         none of them makes way."""
         self._wait(self._enter(adapter, pinned, keeps))
 
-    def leave(self, adapter: AdapterRef, *, asked: bool = False) -> None:
-        """Ends the adapter's own lane, if it has one or is about to; `asked` if somebody wants it in the shared one."""
+    def leave(self, adapter: AdapterRef, *, asked: bool = False, replaced: bool = False) -> None:
+        """Ends the adapter's own lane, if it has one or is about to; `asked` if somebody wants it in the shared one,
+        `replaced` if another version of the name takes over."""
         if asked or self._client.lane(adapter) is not None:
-            self._wait(self._client.unmerge(adapter, asked=asked))
+            self._wait(self._client.unmerge(adapter, asked=asked, replaced=replaced))
         else:
-            self._client.forget_lane(adapter)
+            self._client.forget_lane(adapter, replaced=replaced)
 
     def inside(self, adapter: AdapterRef) -> bool | None:
         """None where nobody asked for a lane of its own; else whether its copy is pinned."""

@@ -165,15 +165,15 @@ class EngineClient:
         AdapterUnavailable, or Overloaded when the engine has ended."""
         await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps, part))
 
-    async def unmerge(self, adapter: AdapterRef, *, asked: bool = False) -> None:
+    async def unmerge(self, adapter: AdapterRef, *, asked: bool = False, replaced: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there."""
-        await self._change_lane(lambda number: Unmerge(number, adapter, asked))
+        await self._change_lane(lambda number: Unmerge(number, adapter, asked, replaced))
 
-    def forget_lane(self, adapter: AdapterRef) -> None:
+    def forget_lane(self, adapter: AdapterRef, *, replaced: bool = False) -> None:
         """As `unmerge`, for an adapter that has no lane yet, and without waiting for the step under way; from any
         thread."""
         if self._engine is not None:
-            self._engine.change_lane(Unmerge("", adapter))
+            self._engine.change_lane(Unmerge("", adapter, replaced=replaced))
 
     def lane(self, adapter: AdapterRef) -> CopyFigures | None:
         """The adapter's own lane, if new requests for it run in one."""

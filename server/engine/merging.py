@@ -111,7 +111,8 @@ class MergedCopies:
 
     def give_up(self, message: Unmerge) -> None:
         """Newcomers run in the shared lane again; the copy goes with its last request."""
-        self._forget(message.adapter)
+        if not message.replaced:
+            self._forget(message.adapter)
         held = self._active.get(message.adapter)
         if held is not None:
             self._tell(held, Conflict("the adapter was taken out of its lane before it was there", code="lane_left"))

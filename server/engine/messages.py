@@ -97,12 +97,13 @@ class Merge:
 @dataclass(frozen=True, slots=True)
 class Unmerge:
     """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there. `asked`:
-    by somebody who wants it in the shared lane, not because the version is no longer current. Answered by a
-    `LaneChanged`."""
+    by somebody who wants it in the shared lane, not because the version is no longer current; `replaced`: because
+    another version of the name is, which wants what this one wanted. Answered by a `LaneChanged`."""
 
     id: str
     adapter: AdapterRef
     asked: bool = False
+    replaced: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -283,7 +283,7 @@ class Registry:
             lanes.enter(ref_of(after.now, key[0]), pinned)
         self._remember(key, after, entered=pinned is not None)
         if old is not None:
-            self._leave(old)
+            self._leave(old, replaced=True)
 
     def _remember(self, key: Key, after: Record, *, entered: bool) -> None:
         """A lane that was `entered` for it is left again if that fails."""
@@ -294,11 +294,11 @@ class Registry:
                 self._leave(ref_of(after.now, key[0]))
             raise
 
-    def _leave(self, ref: AdapterRef, *, asked: bool = False) -> None:
+    def _leave(self, ref: AdapterRef, *, asked: bool = False, replaced: bool = False) -> None:
         """The change is made already: if the engine has ended, nobody is in any lane."""
         try:
             if self.lanes is not None:
-                self.lanes.leave(ref, asked=asked)
+                self.lanes.leave(ref, asked=asked, replaced=replaced)
         except OnebaseError as fault:
             _log.info("%s: %s", ref.name, fault.message)
 

@@ -119,6 +119,8 @@ def test_a_tenants_merged_copies_have_their_part_and_who_loses_a_lane_is_told(se
     lost = shown("ann", "quick")
     assert lost["lane"] == "shared"
     assert "fast" in lost["lane_note"]
+    put(server, "quick", adapters[1], keys["ann"])
+    assert shown("ann", "quick")["lane_note"] == lost["lane_note"], "its new version is in the shared lane as well"
     assert shown("bob", "quick")["lane_note"] is None, "only its owner is told"
     assert shown("bob", "slow")["lane"] == "merged"
     for who, name in (("ann", "quick"), ("ann", "fast"), ("bob", "slow")):

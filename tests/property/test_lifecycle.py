@@ -90,8 +90,8 @@ class Lanes:
     def enter(self, adapter: AdapterRef, pinned: bool, *, keeps: bool = False) -> None:
         self._change(lambda number: Merge(number, adapter, pinned, keeps))
 
-    def leave(self, adapter: AdapterRef, *, asked: bool = False) -> None:
-        self._change(lambda number: Unmerge(number, adapter, asked))
+    def leave(self, adapter: AdapterRef, *, asked: bool = False, replaced: bool = False) -> None:
+        self._change(lambda number: Unmerge(number, adapter, asked, replaced))
 
     def inside(self, adapter: AdapterRef) -> bool | None:
         figures = self._engine.stats.copies.get(adapter)

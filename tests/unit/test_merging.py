@@ -335,6 +335,8 @@ def test_a_lost_lane_is_told_until_it_is_back_or_given_up(wide: Desk) -> None:
     assert set(wide.copies.notes) == {("ann", "a")}
     ask(wide, of("ann", "a"))
     assert set(wide.copies.notes) == {("bob", "b")}
+    wide.copies.give_up(Unmerge("r", of("bob", "b"), replaced=True))
+    assert set(wide.copies.notes) == {("bob", "b")}, "its next version is not in a lane either"
     wide.copies.give_up(Unmerge("u", of("bob", "b"), asked=True))
     assert wide.copies.notes == {}
     ask(wide, of("ann", "a"), pinned=True)

@@ -334,11 +334,35 @@ class SlowLanes:
         self.building.set()
         assert self.go.wait(30)
 
-    def leave(self, adapter, *, asked=False):
+    def leave(self, adapter, *, asked=False, replaced=False):
         pass
 
     def inside(self, adapter):
         return False if adapter.tenant == self.slow else None
+
+
+class ToldLanes:
+    """Nobody has one; `told` is who leaves, and why."""
+
+    def __init__(self):
+        self.told = []
+
+    def leave(self, adapter, *, asked=False, replaced=False):
+        self.told.append((adapter.version, asked, replaced))
+
+    def inside(self, adapter):
+        return None
+
+
+def test_lanes_are_told_whether_a_version_is_replaced_or_a_name_is_no_more(make):
+    registry = make()
+    registry.lanes = lanes = ToldLanes()
+    put(registry, "a", 1, "ann")
+    put(registry, "a", 2, "ann")
+    registry.rollback("a", 1, tenant="ann")
+    registry.change("a", merged=False, tenant="ann")
+    registry.delete("a", tenant="ann")
+    assert lanes.told == [(1, False, True), (2, False, True), (1, True, False), (1, False, False)]
 
 
 def test_a_copy_that_is_being_made_holds_up_nobody_elses_names(make):
