@@ -35,7 +35,8 @@ MEANING = {
     "logprobs": "null: none; k: log-probabilities of the chosen tokens and of the k likeliest",
     "n": "answers to the same prompt",
     "stream": "answer with Server-Sent Events",
-    "priority": "`interactive` or `batch`: batch is computed after the other of its lane, and gives its place up first",
+    "priority": "`interactive` or `batch`: batch is computed after the other of its lane, yields to its tenant's in "
+    "other lanes, and gives its place up first",
     "role": "who speaks",
     "content": "what is said",
     "version": "the version that becomes current",

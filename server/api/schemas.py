@@ -65,7 +65,9 @@ class GenerateRequest(Strict):
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     priority: Literal["interactive", "batch"] = Field(
-        "interactive", description="batch is computed after the other of its lane, and gives its place up first"
+        "interactive",
+        description="batch is computed after the other of its lane, yields to its tenant's in other lanes, and gives "
+        "its place up first",
     )
 
     @property

@@ -47,13 +47,14 @@ class Copies(Protocol):
 class Load:
     """What runs, as it concerns one adapter: `rows` of the shared lane were the adapter in it, `adapted` of them on
     adapters, `own` on this one. `urgent`: its own are interactive, and all others there are batch work. `lanes`: other
-    merged lanes with rows."""
+    merged lanes with rows. `late`: its own are batch work, and others there are interactive."""
 
     rows: int
     adapted: int
     own: int
     urgent: bool
     lanes: int
+    late: bool = False
 
     @classmethod
     def of(cls, running: Collection[Sequence], adapter: AdapterRef, back: Collection[AdapterRef] = ()) -> Load:
@@ -73,13 +74,14 @@ class Load:
             and not any(one.request.submit.batch for one in own)
             and all(one.request.submit.batch for one in others),
             lanes=len({one.request.lane for one in rest if not shared(one)}),
+            late=all(one.request.submit.batch for one in own) and not all(one.request.submit.batch for one in others),
         )
 
 
 def reason(load: Load, costs: DecodeCosts, share: float, gain: float) -> str | None:
     """Why a lane of its own pays for more than `gain` of a shared step: "alone", "throughput" or "latency"; None where
     it does not. `share` is what all merged lanes have of the time."""
-    if not load.own:
+    if not load.own or load.late:  # in a lane of its own it would yield to them, and here it runs along
         return None
     together = costs.shared_seconds(load.rows, load.adapted)
     merged = costs.merged_seconds(load.own)

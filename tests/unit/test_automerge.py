@@ -119,6 +119,15 @@ def test_an_interactive_adapter_among_batch_work_gets_a_lane_for_its_latency() -
     assert reason(Load.of(among, ref("a")), model, 0.2, 0.02) is None, "a small share would make it wait longer"
 
 
+def test_batch_work_beside_interactive_work_gets_no_lane_in_which_it_would_yield() -> None:
+    model = costs(steep, lora=0.0002)
+    batch = rows("a", 12, batch=True)
+    assert reason(Load.of([*batch, *rows("b", 4, batch=True)], ref("a")), model, SHARE, 0.02) == "throughput"
+    assert reason(Load.of([*batch, *rows("b", 4)], ref("a")), model, SHARE, 0.02) is None
+    apart = [*batch, *rows("b", 4, held=Lane())]
+    assert reason(Load.of(apart, ref("a")), model, SHARE, 0.02) == "alone", "those have a lane of their own"
+
+
 def test_rows_in_other_lanes_are_not_the_shared_ones() -> None:
     mixed = [*rows("a", 4), *rows("b", 4, held=Lane()), *rows(None, 2)]
     assert Load.of(mixed, ref("a")) == Load(rows=6, adapted=4, own=4, urgent=False, lanes=1)

@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from server.core import DEFAULT_TENANT
-from server.engine.lanes import AHEAD, MERGED_WAIT, SHARED, SHARED_WAIT, Lanes, Urgency
+from server.engine.lanes import AHEAD, MERGED_WAIT, SHARED, SHARED_WAIT, YIELD, Lanes, Urgency
 
 
 class World:
@@ -126,8 +126,74 @@ def test_many_or_slow_merged_lanes_do_not_take_the_shared_ones_part(merged: int,
     assert max(each) - min(each) < 3 * step
 
 
-def test_a_lane_of_batch_work_has_its_share_and_no_more() -> None:
-    world = World(0.5, {SHARED: 0.02, "a#1": 0.17})
+LEFT = YIELD / (1 + YIELD)  # of the time, to batch work beside interactive work of its tenant
+
+
+@pytest.mark.parametrize("step", [0.01, 0.17])
+def test_batch_work_yields_to_its_tenants_interactive_work_on_the_other_side(step: float) -> None:
+    for lane in (SHARED, "a#1"):
+        world = World(0.45, {SHARED: 0.02, "a#1": 0.02} | {lane: step})
+        world.run(60, batch=(lane,))
+        assert abs(world.spent[lane] / world.time - LEFT) < 0.01
+        waits = [at for at, one in enumerate(world.log) if one == lane]
+        assert max(b - a for a, b in itertools.pairwise(waits)) * 0.02 <= step / YIELD + 0.06, "it does not starve"
+        world.run(10)
+        before = dict(world.spent)
+        world.run(20, batch=(SHARED, "a#1"))
+        assert abs(world.spent["a#1"] - before["a#1"] - 0.45 * 20) < 0.6, "where all is batch work, nobody yields"
+
+
+def test_interactive_work_does_not_wait_for_the_batch_work_before_it_in_its_lane() -> None:
+    for lanes in ((SHARED, "a#1"), ("b#2", "a#1")):
+        world = World(0.45, dict.fromkeys(lanes, 0.02) | {"a#1": 0.4})
+        while world.log[-1:] != ["a#1"]:
+            world.run(0.01, batch=("a#1",))
+        world.run(0.01, new=("a#1",))
+        assert world.log[-1] == "a#1"
+
+
+def test_a_tenants_batch_lanes_come_after_its_interactive_ones_and_keep_a_part_together() -> None:
+    """Whatever else there is, and however many they are."""
+    late = {f"late#{at}": 0.03 for at in range(3)}
+    world = World(0.5, {SHARED: 0.02, "soon#4": 0.01, "other#5": 0.01, **late}, {"other#5": "bob", SHARED: "bob"})
+    world.run(60, batch=tuple(late))
+    assert abs(world.spent[SHARED] / world.time - 0.5) < 0.01
+    assert abs(world.part("other#5") - 0.5) < 0.01
+    assert abs(world.part(*late) - LEFT / 2) < 0.01
+    assert min(world.spent[lane] for lane in late) > 0.4
+
+
+def test_batch_work_alone_in_merged_lanes_has_its_tenants_part_beside_others_and_no_more_than_the_share() -> None:
+    """The share is for latency; but one tenant's interactive work takes nothing of another's part."""
+    for weight, part in ((0.1, 0.45), (1.0, 0.45), (3.0, 0.25)):
+        world = World(0.45, {SHARED: 0.02, "a#1": 0.02}, {SHARED: "ann", "a#1": "bob"}, {"ann": weight})
+        world.run(40, batch=("a#1",))
+        assert abs(world.spent["a#1"] / world.time - part) < 0.01
+    for weight, part in ((0.1, 0.45), (1.0, 0.5), (3.0, 0.75)):
+        world = World(0.45, {SHARED: 0.02, "a#1": 0.02}, {SHARED: "bob", "a#1": "ann"}, {"ann": weight})
+        world.run(40, batch=(SHARED,))
+        assert abs(world.spent["a#1"] / world.time - part) < 0.02
+
+
+def test_a_tenants_interactive_work_takes_nothing_of_anothers_lanes() -> None:
+    merged = {"ann#1": 0.01, "bob#2": 0.01}
+    tenants = {"ann#1": "ann", "bob#2": "bob"}
+    world = World(0.5, merged, tenants)
+    world.run(20, batch=("bob#2",))
+    assert abs(world.part("bob#2") - 0.5) < 0.01, "batch work too has its tenant's part"
+    for batch in (("ann#1",), ("ann#1", "bob#2")):
+        world = World(0.45, {SHARED: 0.02, **merged}, {SHARED: "ann", **tenants})
+        world.run(40, batch=batch)
+        assert world.spent["bob#2"] / world.time > 0.225
+        assert world.spent[SHARED] / world.time > 0.54
+        assert world.part("ann#1") < 0.1, "what yields is hers"
+    world = World(0.45, {SHARED: 0.02, "ann#1": 0.01}, {SHARED: "ann bob", "ann#1": "ann"})
+    world.run(40, batch=(SHARED,))
+    assert abs(world.spent[SHARED] / world.time - 0.55) < 0.03, "bob is in there as well"
+
+
+def test_a_lane_of_another_tenants_batch_work_has_its_share_and_no_more() -> None:
+    world = World(0.5, {SHARED: 0.02, "a#1": 0.17}, {SHARED: "ann", "a#1": "bob"})
     world.run(10, batch=("a#1",))
     assert abs(world.spent["a#1"] / world.time - 0.5) < 0.03
     world.lanes.spent("a#1", 0.4)

@@ -70,6 +70,12 @@ def test_batch_work_in_a_merged_lane_cuts_no_prompts() -> None:
     assert max(sum(item.count for item in world.step()[1]) for _ in range(10)) == 64
 
 
+def test_batch_work_in_a_merged_lane_yields_to_the_shared_ones_interactive_work() -> None:
+    world = World(batch=True, decodes=4)
+    lanes = [world.step()[0] for _ in range(120)]
+    assert 0 < lanes.count("a#1") < 20, "its steps are as long as the others', or shorter"
+
+
 def test_tenants_in_one_lane_and_in_several_each_have_their_turns() -> None:
     """Ann and Bob use the house's lane, she with many rows; Bob, who is ahead by his tokens in two lanes of his own and
     so not in every step of the house's, costs Cyd nothing."""
