@@ -119,7 +119,7 @@ class Choice(BaseModel):
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: Literal["stop", "length", "cancelled"] | None
+    finish_reason: Literal["stop", "length", "budget", "cancelled"] | None
     logprobs: Logprobs | None
 
 

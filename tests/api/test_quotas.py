@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from server.api.schemas import GenerateResponse
 from server.errors import Overloaded
 from server.tenants import usage
 from server.tenants.keys import Scope
@@ -126,6 +127,8 @@ def test_a_budget_that_runs_out_ends_the_answer(guarded, tenant, stream):
     answers = chunks_of(response) if stream else [response.json()]
     last, made = answers[-1], sum(len(one["choices"][0]["token_ids"]) for one in answers)
     assert last["choices"][0]["finish_reason"] == "budget"
+    for one in answers:  # as the description of the interface has it
+        GenerateResponse.model_validate(one)
     assert made == last["usage"]["completion_tokens"] == 20
     assert last["usage"]["cost_microusd"] == 30
     assert on_loop(guarded, usage.spent(guarded.state.accounts.database, send.name, 0)) == 30
