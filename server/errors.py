@@ -132,9 +132,15 @@ class AdapterUnavailable(OnebaseError):
 
 
 class EngineFailure(OnebaseError):
-    """The step that held this request failed, or its numbers were not finite (500)."""
+    """The step that held this request failed, or the engine (500)."""
 
     code = "engine_failure"
+
+
+class UnusableOutput(EngineFailure):
+    """The model's output for this request was not finite, or no text, as an adapter can make it (500)."""
+
+    code = "unusable_output"
 
 
 class StorageFailure(OnebaseError):

@@ -216,7 +216,7 @@ class _Ending:
         lane = "base" if self.lease is None else "merged" if done.residency.merged else "shared"
         try:
             written = self.entry.close(
-                done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens
+                done.outcome, lane, done.prompt_tokens, done.cached_tokens, done.completion_tokens, free=done.free
             )
         finally:
             self.trail.done(done, lane)

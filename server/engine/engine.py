@@ -43,7 +43,7 @@ from server.engine.sequence import Request, Sequence
 from server.engine.steprunner import StepRunner
 from server.engine.text import TextStream
 from server.engine.turns import Turns
-from server.errors import EngineFailure, OnebaseError, Overloaded
+from server.errors import EngineFailure, OnebaseError, Overloaded, UnusableOutput
 from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.merge import MergedCopy
@@ -257,13 +257,13 @@ class Engine:
                     self._take(item.sequence, choice)
                 except Exception:  # a tokenizer that cannot decode, say: that request's fault alone
                     log.exception("a token could not be taken")
-                    self._end(item.sequence.request, "error", EngineFailure("the answer could not be decoded"))
+                    self._end(item.sequence.request, "error", UnusableOutput("the answer could not be decoded"))
         return True
 
     def _take(self, sequence: Sequence, choice: Choice) -> None:
         request, now = sequence.request, self._now
         if not choice.finite:
-            fault = EngineFailure("the model's output for this request was not finite", code="not_finite")
+            fault = UnusableOutput("the model's output for this request was not finite", code="not_finite")
             self._end(request, "error", fault)
             return
         if request.first is None:

@@ -7,7 +7,7 @@ from math import inf
 from time import monotonic
 
 from server.core import DEFAULT_TENANT, AdapterRef
-from server.errors import OnebaseError
+from server.errors import OnebaseError, UnusableOutput
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +246,12 @@ class Done:
     residency: Residency
     error: OnebaseError | None = None
     times: Times = Times()
+
+    @property
+    def free(self) -> bool:
+        """Whether a fault of the server's ended it, for which nobody pays. Output that cannot be used is charged: an
+        adapter could break off a long stream just before its end, and its tenant would have had it for nothing."""
+        return self.outcome == "error" and not isinstance(self.error, UnusableOutput)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,11 @@ TOKENS = Family(
     "tokens",
     ("tenant", "adapter", "kind"),
 )
-COST = _of_adapter("onebase_adapter_cost_microusd", "What they cost; what failed costs nothing.", "micro-dollars")
+COST = _of_adapter(
+    "onebase_adapter_cost_microusd",
+    "What they cost; what a fault of the server's ended costs nothing.",
+    "micro-dollars",
+)
 FIRST_SECONDS = _of_adapter(
     "onebase_adapter_ttft_seconds", "Seconds to the first token, of all that had one.", "seconds"
 )

@@ -88,10 +88,13 @@ class Entry:
             self._told = counts
             self._accounts.ledger.checkpoint(self._record.request_id, *counts)
 
-    def close(self, status: str, lane: str, prompt: int, cached: int, completion: int) -> asyncio.Future[None]:
+    def close(
+        self, status: str, lane: str, prompt: int, cached: int, completion: int, *, free: bool = False
+    ) -> asyncio.Future[None]:
         """It has ended; the future is done when that is durable. `prompt` and `cached` are what was read of the prompt,
-        which a client that has gone pays for as well: later prompts find it in the cache. What failed costs nothing."""
-        if status == "error":
+        which a client that has gone pays for as well: later prompts find it in the cache. Of what is `free`, for the
+        server failed, nothing is charged."""
+        if free:
             prompt = cached = completion = 0
         record = replace(self._record, status=status, lane=lane, prompt=prompt, cached=cached, completion=completion)
         self._record = record

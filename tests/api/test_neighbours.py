@@ -1,14 +1,21 @@
 """Tenants beside each other with AUTH on: the queue, the reading of prompts, and who pays for what was begun."""
 
+import json
 import threading
+from dataclasses import replace
 
 import httpx
 import pytest
 
 from server.api import prompts
+from server.engine.text import TextStream
 from server.tenants.limits import Admission
+from tests.families import ATTENTION, MLP, adapter_bytes, save_adapter
 from tests.serving import Gate, refused, until
-from tests.tenancy import Account, invoice
+from tests.tenancy import Account, Admin, invoice
+
+LIMITS = {"tpm_limit": 10_000, "max_budget": 1_000_000}
+A_DOLLAR_A_MILLION = {"prompt": 1_000_000, "cached": 1_000_000, "completion": 1_000_000, "rank_classes": []}
 
 
 def flooding(account: Account, wanted: int, sent: int, **body) -> tuple[list[threading.Thread], list[httpx.Response]]:
@@ -106,7 +113,7 @@ def test_long_prompts_of_one_tenant_do_not_hold_up_anothers(admin, monkeypatch):
 
 
 def test_who_goes_before_the_first_token_pays_for_what_was_read_of_its_prompt(admin, monkeypatch):
-    """For it is in the prefix cache then; what fails costs nothing. The next request pays for the rest, once."""
+    """For it is in the prefix cache then; a failed step costs nothing. The next request pays for the rest, once."""
     account, run = admin.tenant(), admin.server.runner.run
     engine, step, held = admin.server.engine, 32, threading.Event()
     monkeypatch.setattr(engine._scheduler, "max_batch_tokens", step)
@@ -143,3 +150,58 @@ def test_who_goes_before_the_first_token_pays_for_what_was_read_of_its_prompt(ad
     failed = next(row for row in account.http.get("/v1/usage").json()["data"] if row["status"] == "error")
     assert (failed["prompt_tokens"], failed["cost_microusd"]) == (0, 0)
     assert invoice(account)["total_microusd"] == gone["cost_microusd"] + used["cost_microusd"]
+
+
+def is_charged(admin: Admin, account: Account, prompt: int, completion: int) -> None:
+    """Its only request ended with an error, and is on the bill with these tokens, each a micro-dollar."""
+    [row] = account.http.get("/v1/usage").json()["data"]
+    assert (row["status"], row["prompt_tokens"], row["completion_tokens"]) == ("error", prompt, completion)
+    assert row["cost_microusd"] == invoice(account)["total_microusd"] == prompt + completion
+    tenant = admin.server.state.accounts.directory.show(account.name)
+    assert admission(account).spent(tenant) == prompt + completion
+    left = LIMITS["max_budget"] - prompt - completion
+    assert admission(account).budget_left(tenant) == left, "nothing is held back any more"
+    headers = admission(account).headers(tenant)
+    assert headers["x-ratelimit-remaining-tokens"] == str(LIMITS["tpm_limit"] - prompt - completion)
+
+
+@pytest.mark.parametrize(("broken", "code"), [("numbers", "not_finite"), ("text", "unusable_output")])
+def test_a_stream_whose_output_breaks_is_charged_for_what_was_made(admin, monkeypatch, broken, code):
+    """An adapter can overflow at a token of its owner's choice; the stream before it is not had for nothing."""
+    account = admin.tenant(limits=LIMITS, prices=A_DOLLAR_A_MILLION)
+    run, push = admin.server.runner.run, TextStream.push
+
+    def overflowing(work, copy):
+        return [(item, replace(choice, finite=item.sequence.produced < 3)) for item, choice in run(work, copy)]
+
+    def unreadable(text, token):
+        if len(text._ids) == 3:
+            raise ValueError("no such token")
+        return push(text, token)
+
+    if broken == "numbers":
+        monkeypatch.setattr(admin.server.runner, "run", overflowing)
+    else:
+        monkeypatch.setattr(TextStream, "push", unreadable)
+    prompt = [5 + at % 90 for at in range(40)]
+    response = account.generate(prompt=prompt, max_tokens=20, ignore_eos=True, stream=True)
+    *chunks, last, end = response.text.split("\n\n")
+    assert (response.status_code, end) == (200, "")
+    event, data = last.split("\n")
+    assert event == "event: error"
+    assert json.loads(data.removeprefix("data: "))["error"]["code"] == code
+    sent = [json.loads(chunk.removeprefix("data: "))["choices"][0]["token_ids"] for chunk in chunks]
+    assert sum(map(len, sent)) == 3
+    is_charged(admin, account, 40, 3 if broken == "numbers" else 4)
+
+
+def test_an_adapter_that_overflows_at_once_is_charged_for_its_prompt(admin, base, tmp_path):
+    account = admin.tenant(limits=LIMITS, prices=A_DOLLAR_A_MILLION)
+    wild = save_adapter(base, tmp_path / "wild", seed=300, r=4, target_modules=ATTENTION + MLP, std=1e18)
+    config, weights = adapter_bytes(wild)
+    files = {"config": config, "weights": weights}
+    assert account.http.put("/adapters/wild", files=files).status_code == 201
+    response = account.generate(adapter="wild", prompt=[5 + at % 90 for at in range(40)])
+    assert refused(response, 500)["code"] == "not_finite"
+    is_charged(admin, account, 40, 0)
+    assert account.http.delete("/adapters/wild").status_code == 204
