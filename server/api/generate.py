@@ -166,10 +166,10 @@ def _check(body: GenerateRequest, caller: Principal, state: State, lease: Lease 
 
 
 def _fits(body: GenerateRequest, prompt: int, state: State) -> None:
-    most, taken = (prompt + body.max_tokens) * body.n, state.client.bounds.max_amount
+    most, taken = (prompt + body.max_tokens) * body.n, state.client.bounds.largest
     if most > taken:  # waiting would not help
         raise InvalidRequest(
-            f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {taken}",
+            f"prompt + max_tokens, {body.n} times, are {most} tokens; this server takes {taken} at most",
             param="n" if body.n > 1 else "max_tokens",
         )
 

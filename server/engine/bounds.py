@@ -24,7 +24,8 @@ class Bounds:
     With `shared`, no tenant fills them alone. Up to the half they are anybody's. Above it a tenant may have as much as
     is left free after it, times its weight over the largest weight there (dynamic thresholds: Choudhury & Hahne 1998,
     "Dynamic queue length thresholds for shared-memory packet switches"). So a tenant alone takes half of the room, two
-    of one weight a third each, and the rest is there for who comes next.
+    of one weight a third each, and the rest is there for who comes next. A tenant's first request needs only room, for
+    its part may be less than any request; but none is taken that is more than half of it all.
     """
 
     def __init__(self, max_requests: int, max_amount: int, unit: str, *, shared: bool):
@@ -32,6 +33,11 @@ class Bounds:
         self.requests = self.amount = 0
         self.refused: Counter[str] = Counter()  # by what was full: requests, the unit, or the tenant's share
         self._parts: dict[str, _Part] = {}
+
+    @property
+    def largest(self) -> int:
+        """The most that one request may be of the amount."""
+        return self.max_amount // 2 if self.shared else self.max_amount
 
     def check(self, tenant: str, weight: float, amount: int) -> None:
         """Whether one more request would be taken. Raises Overloaded when all is full, QueueShare when the tenant has
@@ -45,9 +51,9 @@ class Bounds:
             if used + more > most:
                 self.refused[unit] += 1
                 raise Overloaded(f"the queue is full ({most} {unit})", code="queue_full", retry_after=1)
-        if not self.shared or not own.requests:
+        if not self.shared or (not own.requests and amount <= self.largest):
             return
-        part = weight / max(weight, *(one.weight for one in self._parts.values()))
+        part = weight / max([weight, *(one.weight for one in self._parts.values())])
         for used, held, more, most, unit in kinds:
             free = most - used - more
             if free < most / 2 and held + more > max(part * free, min(FEW * most, free)):

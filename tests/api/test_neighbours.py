@@ -59,6 +59,25 @@ def test_a_flood_leaves_room_in_the_queue_for_others(admin, monkeypatch):
     assert 'onebase_limit_refusals_total{code="queue_share"}' in page
 
 
+def test_one_request_does_not_take_the_whole_queue(admin, monkeypatch):
+    first, second = admin.tenant(), admin.tenant()
+    monkeypatch.setattr(admin.server.state.client.bounds, "max_amount", 2000)
+    for body, param in (({"max_tokens": 251, "n": 4}, "n"), ({"max_tokens": 63, "n": 16}, "n")):
+        error = refused(first.generate(prompt=[5], **body), 422, param)
+        assert "takes 1000 at most" in error["message"]
+    gate = Gate(admin.server.runner.run)
+    monkeypatch.setattr(admin.server.runner, "run", gate)
+    try:
+        running, none = flooding(first, 1, 1, prompt=[5], max_tokens=249, n=4)
+        more, others = flooding(second, 1, 1, prompt=[5], max_tokens=199, n=4)
+        assert not none
+        assert not others
+    finally:
+        gate.open()
+    for thread in [*running, *more]:
+        thread.join(20)
+
+
 def test_what_is_refused_anyhow_is_not_read(admin, monkeypatch):
     """By rates, money, rights or a full queue; and what is read afterwards is charged once."""
     rated, poor = admin.tenant(limits={"rpm_limit": 1}), admin.tenant(limits={"max_budget": 0})

@@ -87,6 +87,17 @@ def test_whoever_has_little_gets_in_however_small_its_weight() -> None:
     assert flood(queue, "small", 0.001, 400) == 1, "a request alone may be as large as what is left"
 
 
+def test_no_single_request_takes_more_than_half() -> None:
+    queue = bounds(tokens=1001)
+    with pytest.raises(QueueShare, match="tokens"):
+        queue.check("a", 1, queue.largest + 1)
+    queue.take("a", 1, queue.largest)
+    queue.take("b", 1, queue.largest)
+    alone = bounds(tokens=1001, shared=False)
+    alone.take("a", 1, alone.largest)
+    assert (queue.amount, alone.amount) == (1000, 1001)
+
+
 def test_below_the_half_it_is_anybodys() -> None:
     queue = bounds()
     queue.take("heavy", 1000, 1)
