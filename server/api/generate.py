@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -114,14 +115,15 @@ async def _open(body: GenerateRequest, caller: Principal, state: State, trail: T
     try:
         prompt = await _read(body, caller, state, lease)
         request_id = f"gen-{secrets.token_hex(12)}"
-        entry = state.accounts.admit(
-            caller,
-            request_id,
-            len(prompt),
-            body.max_tokens * body.n,
-            lease.ref if lease else None,
-            batch=body.priority == "batch",
-        )
+        with _counted(caller, state):
+            entry = state.accounts.admit(
+                caller,
+                request_id,
+                len(prompt),
+                body.max_tokens * body.n,
+                lease.ref if lease else None,
+                batch=body.priority == "batch",
+            )
         submit = _submit(body, request_id, prompt, lease, caller, entry)
         ending = _Ending(entry, trail, lease, submit, state.traffic)
         stream = state.client.submit(submit, ending)
@@ -144,17 +146,31 @@ async def _open(body: GenerateRequest, caller: Principal, state: State, trail: T
 
 async def _read(body: GenerateRequest, caller: Principal, state: State, lease: Lease | None) -> tuple[int, ...]:
     """The prompt's tokens, if the request could be taken now: reading costs more than refusing."""
-    read = partial(prompts.encode, body, state.base, state.max_context)
     size, tenant = prompts.size(body), caller.tenant
     _check(body, caller, state, lease)
-    if size > prompts.LONG:
-        async with state.reads.turn(tenant.id, tenant.weight, size):
-            _check(body, caller, state, lease)  # it may have waited for long
-            prompt = await anyio.to_thread.run_sync(read)
-    else:
-        prompt = read()
+    if size <= prompts.LONG:
+        with _counted(caller, state):
+            return _encoded(body, state)
+    async with state.reads.turn(tenant.id, tenant.weight, size):
+        _check(body, caller, state, lease)  # it may have waited for long
+        with _counted(caller, state):
+            return await anyio.to_thread.run_sync(partial(_encoded, body, state))
+
+
+def _encoded(body: GenerateRequest, state: State) -> tuple[int, ...]:
+    prompt = prompts.encode(body, state.base, state.max_context)
     _fits(body, len(prompt), state)
     return prompt
+
+
+@contextlib.contextmanager
+def _counted(caller: Principal, state: State) -> Iterator[None]:
+    """What cannot be served, as its prompt shows once it is read, has cost the reading: it is one of the minute."""
+    try:
+        yield
+    except InvalidRequest:
+        state.accounts.admission.count(caller.tenant)
+        raise
 
 
 def _check(body: GenerateRequest, caller: Principal, state: State, lease: Lease | None) -> None:

@@ -12,22 +12,21 @@ from server.model.loader import Base
 
 # Past this many characters tokenising takes long enough to be done beside the event loop.
 LONG = 4096
+PER_MESSAGE = 32  # characters that take as long as what the template does, and writes, for a message without any
 
 
 def size(body: GenerateRequest) -> int:
-    """Characters (or ids) to be read."""
-    if body.messages is not None:
-        return sum(len(message.content) for message in body.messages)
-    return len(body.prompt or ())
+    """How much there is to be read: characters (or ids), and of a chat what the template adds to each message."""
+    return _given(body) + PER_MESSAGE * len(body.messages or ())
 
 
 def check(body: GenerateRequest, base: Base, max_context: int) -> None:
     """What can be said before the prompt is read. Raises InvalidRequest naming the field at fault."""
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give exactly one of 'prompt' and 'messages'", param="prompt")
-    if not isinstance(body.prompt, list) and size(body) > max_context * base.longest_token:
+    if not isinstance(body.prompt, list) and _given(body) > max_context * base.longest_token:
         raise InvalidRequest(  # tokenising it would cost gigabytes and end in the same answer
-            f"{size(body)} characters are more than a context of {max_context} tokens can hold",
+            f"{_given(body)} characters are more than a context of {max_context} tokens can hold",
             param=_param(body),
             code="context_length_exceeded",
         )
@@ -54,6 +53,12 @@ def encode(body: GenerateRequest, base: Base, max_context: int) -> tuple[int, ..
             code="context_length_exceeded",
         )
     return tuple(ids)
+
+
+def _given(body: GenerateRequest) -> int:
+    if body.messages is not None:
+        return sum(len(message.content) for message in body.messages)
+    return len(body.prompt or ())
 
 
 def _param(body: GenerateRequest) -> str:

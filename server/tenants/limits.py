@@ -5,7 +5,7 @@ Everything here runs on the event loop's thread without an await, so that what i
 Rates are fixed windows of a minute that begin with a tenant's first request: across two of them up to twice the limit
 may fall into one minute. A limit that is changed counts what was used in the minute that lasts. Tokens are reserved as
 prompt + max_tokens and given back when the request ends, if its window still lasts; the request itself is given back
-only if it never ran.
+only if it never ran, and counted as well if it was read and could not be served.
 
 A budget holds back each request's worst cost until it ends. If less than that is left, the request gets what is left
 as its `allowance`, and the engine ends it when its cost reaches that, all of its answers at once. So a window's
@@ -145,6 +145,11 @@ class Admission:
         """Raises as `reserve` does for a request of `tokens` at least; uses nothing up."""
         now = self._clock()
         self._hold(tenant, self._open(tenant, tokens, adapter, now), 1, 1, int(now * 1000))
+
+    def count(self, tenant: Tenant) -> None:
+        """A request that could not be served has cost work all the same: counts it in the minute, without tokens."""
+        if (item := self._items(tenant.limits).get("requests")) is not None:
+            self._rates.hit(item, tenant.id, "requests")
 
     def refused_by(self, fault: RateLimited, tenant: Tenant) -> None:
         """A limit of the tenant's that is kept elsewhere has refused it: counts that, and adds the headers."""

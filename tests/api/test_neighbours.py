@@ -102,6 +102,39 @@ def test_what_is_refused_anyhow_is_not_read(admin, monkeypatch):
     assert len(read) == 1
 
 
+def test_a_chat_of_many_messages_is_read_beside_the_event_loop(admin, monkeypatch):
+    """However short they are: the template makes thousands of tokens of a thousand empty ones."""
+    account, threads, encode = admin.tenant(), [], prompts.encode
+    monkeypatch.setattr(
+        prompts, "encode", lambda body, *more: (threads.append(threading.get_ident()), encode(body, *more))[1]
+    )
+    empty = {"role": "user", "content": ""}
+    assert account.generate(prompt=None, messages=[empty] * 2).status_code == 200
+    answer = account.generate(prompt=None, messages=[empty] * 1024)
+    assert refused(answer, 422, "messages")["code"] == "context_length_exceeded"
+    assert threads[0] == admin.server._thread.ident != threads[1]
+
+
+def test_a_prompt_that_is_read_in_vain_is_a_request_of_the_minute(admin):
+    account = admin.tenant(limits={"rpm_limit": 5, "tpm_limit": 60})
+    tenant = admin.server.state.accounts.directory.show(account.name)
+    in_vain = (
+        ({"prompt": [5] * 600}, "context_length_exceeded"),
+        ({"prompt": "hello " * 700}, "context_length_exceeded"),  # read in its turn
+        ({"prompt": [5] * 60, "max_tokens": 4}, "tokens_exceed_limit"),
+    )
+    for at, (body, code) in enumerate(in_vain, 1):
+        unread = account.generate(prompt=None)
+        assert refused(unread, 422)["code"] == "invalid_request"
+        assert refused(account.generate(**body), 422)["code"] == code
+        headers = admission(account).headers(tenant)
+        assert headers["x-ratelimit-remaining-requests"] == str(5 - at)
+        assert headers["x-ratelimit-remaining-tokens"] == "60"
+    assert account.generate().headers["x-ratelimit-remaining-requests"] == "1"
+    assert refused(account.generate(prompt=[5] * 600), 422)["code"] == "context_length_exceeded"
+    assert refused(account.generate(), 429)["code"] == "requests_limit"
+
+
 def test_long_prompts_of_one_tenant_do_not_hold_up_anothers(admin, monkeypatch):
     first, second = admin.tenant(limits={"max_parallel_requests": 1}), admin.tenant()
     gate = Gate(prompts.encode)
