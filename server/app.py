@@ -114,6 +114,7 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
             # Written whole: log lines come too.
             sys.stderr.write(f"The admin key, for AUTH=on; it is shown this once:\n{token}\n")
             sys.stderr.flush()
+        state.registry.withdraw_where(state.accounts.directory.disabled)
         state.client.attach(engine)
         stack.push_async_callback(state.client.close)
         state.registry.lanes = EngineLanes(state)

@@ -103,7 +103,7 @@ async def list_adapters(
 ) -> dict[str, Any]:
     """One's own adapters and the published ones by name, a page at a time. Of two of one name, one's own."""
     page, following = state.registry.list(limit=limit, after=after, tenant=caller.tenant.id)
-    return {"data": [_status(state, caller, found) for found in page], "next": following}
+    return {"data": [status_of(state, caller.tenant.id, found) for found in page], "next": following}
 
 
 @router.get("/{name}", response_model=AdapterStatus)
@@ -111,7 +111,7 @@ async def show_adapter(name: str, response: Response, caller: Caller, state: One
     """The current version, and where it is."""
     found = state.registry.find(name, caller.tenant.id)
     response.headers["ETag"] = f'"{found.version.digest}"'
-    return _status(state, caller, found)
+    return status_of(state, caller.tenant.id, found)
 
 
 @router.get("/{name}/versions", response_model=VersionList)
@@ -140,17 +140,13 @@ async def patch_adapter(
     wanted["if_match"] = if_match
     merged = None if body.lane is None else body.lane == "merged"
     change = partial(state.registry.change, name, merged=merged, **wanted)
-    return _status(state, caller, await state.changes.run(caller.tenant.id, change))
+    return status_of(state, caller.tenant.id, await state.changes.run(caller.tenant.id, change))
 
 
 @router.delete("/{name}", status_code=204)
 async def delete_adapter(name: str, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Removes an adapter. Requests in flight finish on the version that they began with."""
-    tenant = caller.tenant.id
-    last = await state.changes.run(tenant, partial(state.registry.delete, name, if_match=if_match, tenant=tenant))
-    state.activity.pop((tenant, name), None)
-    state.cache.drop(last.key)
-    return Response(status_code=204)
+    return await removed(state, caller, name, caller.tenant.id, if_match)
 
 
 def _least_bytes(request: Request) -> int:
@@ -263,8 +259,18 @@ def _with_etag(version: AdapterVersion, status: int) -> JSONResponse:
     return JSONResponse(_plain(version), status_code=status, headers={"ETag": f'"{version.digest}"'})
 
 
-def _status(state: State, caller: Principal, found: Named) -> dict[str, Any]:
-    version, own = found.version, found.owner == caller.tenant.id
+async def removed(state: State, caller: Principal, name: str, tenant: str, if_match: str | None) -> Response:
+    """A tenant's adapter, deleted; it is `caller` who waits in line for that. Raises as `Registry.delete`."""
+    delete = partial(state.registry.delete, name, if_match=if_match, tenant=tenant)
+    last = await state.changes.run(caller.tenant.id, delete)
+    state.activity.pop((tenant, name), None)
+    state.cache.drop(last.key)
+    return Response(status_code=204)
+
+
+def status_of(state: State, tenant: str, found: Named) -> dict[str, Any]:
+    """An adapter as the tenant sees it."""
+    version, own = found.version, found.owner == tenant
     ref = ref_of(version, found.owner)
     activity = state.activity.get((found.owner, version.name)) if own else None
     activity = activity or Activity()

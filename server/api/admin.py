@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Path, Query, Response
 
 from server.api import tenancy
 from server.api.access import Caller, guarded
+from server.api.adapters import IfMatch, removed, status_of
+from server.api.lanes import restore
 from server.api.moments import moment_ms
+from server.api.schemas import AdapterList
 from server.api.state import State, state_of
 from server.api.tenancy import Book, BookBody, KeyList, KeyMade, NewKeyBody, NewTenant, Revived, TenantInfo, TenantList
 from server.errors import Conflict
@@ -49,20 +53,48 @@ async def show_tenant(tenant: TenantName, caller: Caller, state: OneState) -> di
 
 @router.patch("/tenants/{tenant}", response_model=TenantInfo)
 async def change_tenant(
-    tenant: TenantName, body: tenancy.TenantPatch, caller: Caller, state: OneState
+    tenant: TenantName, body: tenancy.TenantPatch, caller: Caller, state: OneState, after: BackgroundTasks
 ) -> dict[str, Any]:
-    """Changes what the body names. Requests that run go on as they were admitted."""
+    """Changes what the body names. Requests that run go on as they were admitted. A tenant that is enabled again gets
+    the lanes back that its adapters had, after the answer and as far as there is room."""
     if body.disabled:
         _not_oneself(caller, tenant)
     accounts = state.accounts
-    return _shown(state, await accounts.update(tenant, lambda before: body.changes(before, accounts.book)))
+    before = accounts.directory.disabled(tenant)
+    changed = await accounts.update(tenant, lambda before: body.changes(before, accounts.book))
+    if changed.disabled:
+        await _without_lanes(state, caller, tenant)
+    elif before:
+        after.add_task(restore, state.registry, tenant)
+    return _shown(state, changed)
 
 
 @router.post("/tenants/{tenant}/disable", response_model=TenantInfo)
 async def disable_tenant(tenant: TenantName, caller: Caller, state: OneState) -> dict[str, Any]:
-    """Refuses all of its keys from now on; its requests that run are finished."""
+    """Refuses all of its keys from now on, takes what it has published from others, and ends its merged lanes. Requests
+    that run are finished."""
     _not_oneself(caller, tenant)
-    return _shown(state, await state.accounts.directory.disable(tenant))
+    disabled = await state.accounts.directory.disable(tenant)
+    await _without_lanes(state, caller, tenant)
+    return _shown(state, disabled)
+
+
+@router.get("/tenants/{tenant}/adapters", response_model=AdapterList)
+async def list_tenants_adapters(
+    tenant: TenantName, caller: Caller, state: OneState, limit: Limit = 100, after: After = ""
+) -> dict[str, Any]:
+    """A tenant's own adapters by name, a page at a time, as it sees them; also a disabled one's."""
+    whose = state.accounts.directory.show(tenant).id
+    page, following = state.registry.list(limit=limit, after=after or None, tenant=whose, own=True)
+    return {"data": [status_of(state, whose, found) for found in page], "next": following}
+
+
+@router.delete("/tenants/{tenant}/adapters/{name}", status_code=204)
+async def delete_tenants_adapter(
+    tenant: TenantName, name: KeyName, caller: Caller, state: OneState, if_match: IfMatch = None
+) -> Response:
+    """Removes a tenant's adapter, whether it is enabled or not. Requests in flight finish on it."""
+    return await removed(state, caller, name, state.accounts.directory.show(tenant).id, if_match)
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201, response_model=KeyMade)
@@ -115,6 +147,11 @@ async def revive_events(caller: Caller, state: OneState) -> dict[str, int]:
     if deliverer is None:
         raise Conflict("this server tells nobody of usage: it has no EVENTS_URL", code="no_events")
     return {"revived": await deliverer.revive()}
+
+
+async def _without_lanes(state: State, caller: Principal, tenant: str) -> None:
+    """Returns when none of the tenant's adapters has a merged lane."""
+    await state.changes.run(caller.tenant.id, partial(state.registry.leave_lanes, tenant))
 
 
 def _shown(state: State, tenant: Tenant) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from server.api.state import State
 from server.core import AdapterRef
-from server.errors import OnebaseError, TenantNotFound
+from server.errors import Conflict, OnebaseError, TenantNotFound
 from server.registry.registry import Registry
 
 log = logging.getLogger("onebase.api")
@@ -41,6 +41,8 @@ class EngineLanes:
         return None if figures is None or figures.automatic else figures.pinned
 
     async def _enter(self, adapter: AdapterRef, pinned: bool, keeps: bool) -> None:
+        if self._state.accounts.directory.disabled(adapter.tenant):
+            raise Conflict(f"the tenant {adapter.tenant} is disabled", code="tenant_disabled")
         part = merged_part(self._state, adapter.tenant)
         await self._client.merge(adapter, pinned=pinned, keeps=keeps, part=part)
 
@@ -61,10 +63,12 @@ def merged_part(state: State, tenant: str) -> int | None:
     return most // 2 if several else None
 
 
-def restore(registry: Registry) -> None:
-    """Gives lanes to those that had them when the server last ran, the pinned ones first, as far as there is room. Runs
-    on a thread beside the first requests."""
+def restore(registry: Registry, whose: str | None = None) -> None:
+    """Gives lanes to those that had them when the server last ran, or when the tenant `whose` was disabled, the pinned
+    ones first, as far as there is room: nobody makes way. Runs on a thread beside requests."""
     for tenant, name in registry.wishes():
+        if whose not in (None, tenant):
+            continue
         try:
             registry.enter_again(name, tenant)
         except OnebaseError as fault:

@@ -14,12 +14,13 @@ from server.commands.client import LOCAL, AsJson, Key, Url, call, errors, failed
 
 adapters = typer.Typer(help="Upload, list and manage the adapters of a running server.", no_args_is_help=True)
 QUOTE = '"'
+Of = Annotated[str | None, typer.Option(help="Another tenant's; needs an admin key.", show_default=False)]
 
 
 @adapters.command("list")
-def list_adapters(url: Url = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
-    """Lists every adapter."""
-    rows = pages(url, key, "/adapters")
+def list_adapters(url: Url = LOCAL, key: Key = None, as_json: AsJson = False, tenant: Of = None) -> None:
+    """Lists one's own adapters and the published ones, or a tenant's own, also a disabled one's."""
+    rows = pages(url, key, _adapters(tenant))
     show_rows(rows, ("name", "version", "rank", "bytes", "residency", "lane", "requests", "digest"), as_json)
 
 
@@ -68,9 +69,9 @@ def push(
 
 
 @adapters.command("rm")
-def remove(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
+def remove(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = False, tenant: Of = None) -> None:
     """Deletes an adapter."""
-    call("DELETE", url, key, _adapter(name))
+    call("DELETE", url, key, _adapter(name, tenant))
     if as_json:
         typer.echo(json.dumps({"deleted": name}))
     else:
@@ -106,5 +107,9 @@ def unmerge(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = Fals
     show_rows([body], ("name", "version", "lane", "pinned", "digest"), as_json)
 
 
-def _adapter(name: str) -> str:
-    return f"/adapters/{quote(name, safe='')}"
+def _adapters(tenant: str | None) -> str:
+    return "/adapters" if tenant is None else f"/admin/tenants/{quote(tenant, safe='')}/adapters"
+
+
+def _adapter(name: str, tenant: str | None = None) -> str:
+    return f"{_adapters(tenant)}/{quote(name, safe='')}"

@@ -149,7 +149,7 @@ def update(
 
 @tenants.command("disable")
 def disable(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
-    """Refuses all keys of a tenant; its requests that run are finished."""
+    """Refuses all keys of a tenant, and takes what it published from others; requests that run are finished."""
     show_one(call("POST", url, key, f"{_tenant(name)}/disable"), as_json)
 
 

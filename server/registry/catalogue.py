@@ -42,10 +42,11 @@ class Catalogue:
         self._sweeper: Executor = ThreadPoolExecutor(1, "onebase-sweep")
         self._load()
 
-    def page(self, tenant: str, after: str | None, most: int) -> list[tuple[Key, Record]]:
-        """What the first `most` names after `after` mean to the tenant, in their order, with their owners' keys."""
+    def page(self, tenant: str, after: str | None, most: int, *, own: bool = False) -> list[tuple[Key, Record]]:
+        """What the first `most` names after `after` mean to the tenant, in their order, with their owners' keys; with
+        `own`, its own ones alone."""
         with self._lock:
-            return list(islice(self.names.visible(tenant, after), most))
+            return list(islice(self.names.visible(tenant, after, own=own), most))
 
     def items(self) -> list[tuple[Key, Record]]:
         """All records of all tenants."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import merge
 from itertools import groupby
 
@@ -13,9 +13,14 @@ from server.registry.records import Key, Record
 
 
 class Names:
-    """Its caller's lock guards every change; one look-up needs none. A published name is unique among the published."""
+    """Its caller's lock guards every change; one look-up needs none. A published name is unique among the published.
+
+    `withdrawn` says of an owner that nobody else is to have what it has published, as long as that is so: the records
+    stay as they are, and so do its claims on names.
+    """
 
     def __init__(self) -> None:
+        self.withdrawn: Callable[[str], bool] = lambda owner: False
         self._own: dict[str, SortedDict] = {}  # records by tenant, then by name
         self._published: SortedDict = SortedDict()  # keys by name; also of those that are about to be published
 
@@ -39,20 +44,24 @@ class Names:
             return key, record
         owner = self._published.get(key[1])
         record = self.get(owner) if owner is not None else None
-        if owner is None or record is None or not record.public:
+        if owner is None or record is None or not self._shown(owner[0], record):
             raise _not_found(key[1])
         return owner, record
 
-    def visible(self, tenant: str, after: str | None) -> Iterator[tuple[Key, Record]]:
-        """What names after `after` (None: all) mean to the tenant, in their order. A name costs as much however many
-        there are, and what others keep to themselves costs nothing."""
-        mine, shown = self._own.get(tenant, SortedDict()), self._published
+    def visible(self, tenant: str, after: str | None, *, own: bool = False) -> Iterator[tuple[Key, Record]]:
+        """What names after `after` (None: all) mean to the tenant, in their order; with `own`, only where that is its
+        own adapter. A name costs as much however many there are, and what others keep to themselves costs nothing."""
+        mine, shown = self._own.get(tenant, SortedDict()), SortedDict() if own else self._published
         ways = [names.irange(after, inclusive=(False, True)) for names in (mine, shown)]
         for name, _ in groupby(merge(*ways)):
             key = (tenant, name) if name in mine else shown[name]
             record = self.get(key)
-            if record is not None and (key[0] == tenant or record.public):
+            if record is not None and (key[0] == tenant or self._shown(key[0], record)):
                 yield key, record
+
+    def _shown(self, owner: str, record: Record) -> bool:
+        """Whether all other tenants have it too."""
+        return record.public and not self.withdrawn(owner)
 
     def __len__(self) -> int:
         return sum(map(len, list(self._own.values())))

@@ -9,6 +9,7 @@ A deleted name is forgotten: put again, it starts at version 1.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -133,10 +134,11 @@ class Registry:
         return self.find(name, tenant).version
 
     def list(
-        self, *, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT
+        self, *, limit: int, after: str | None = None, tenant: str = DEFAULT_TENANT, own: bool = False
     ) -> tuple[list[Named], str | None]:
-        """A page of what names mean to the tenant, in their order, and the `after` of the next page (None: no more)."""
-        found = self._catalogue.page(tenant, after, limit + 1)
+        """A page of what names mean to the tenant (`own`: its own alone), in their order, and the `after` of the next
+        page (None: no more)."""
+        found = self._catalogue.page(tenant, after, limit + 1, own=own)
         page = [_named(*one) for one in found[:limit]]
         return page, page[-1].version.name if len(found) > limit else None
 
@@ -223,6 +225,18 @@ class Registry:
             if record.merged and lanes.inside(ref) is None:
                 self._known_base(record.now)
                 lanes.enter(ref, record.pinned, keeps=True)
+
+    def withdraw_where(self, disabled: Callable[[str], bool]) -> None:
+        """Nobody else has what an owner has published while it is `disabled`."""
+        self._names.withdrawn = disabled
+
+    def leave_lanes(self, tenant: str) -> None:
+        """Ends the lanes that a tenant's adapters have, asked for or not. What its records want stays."""
+        for key in [key for key, _ in self._catalogue.items() if key[0] == tenant]:
+            with self._writers.alone(key):
+                record = self._names.get(key)
+                if record is not None:
+                    self._leave(ref_of(record.now, tenant))
 
     def delete(self, name: str, *, if_match: str | None = None, tenant: str = DEFAULT_TENANT) -> AdapterRef:
         """Forget a name and its history; bytes with leases stay until these are given back. What it was last."""

@@ -104,6 +104,11 @@ class Directory:
             raise TenantNotFound(_UNKNOWN_TENANT)
         return found
 
+    def disabled(self, tenant: str) -> bool:
+        """Whether there is such a tenant, and it is disabled; from any thread."""
+        found = self._tenants.get(tenant)
+        return found is not None and found.disabled
+
     def tenants(self, *, limit: int | None = None, after: str = "") -> list[Tenant]:
         """Tenants in the order of their ids, from the first behind `after`."""
         names = sorted(name for name in self._tenants if name > after)

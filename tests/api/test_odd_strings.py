@@ -19,6 +19,9 @@ PATHS = [
     ("GET", "/admin/tenants/{}"),
     ("PATCH", "/admin/tenants/{}"),
     ("POST", "/admin/tenants/{}/disable"),
+    ("GET", "/admin/tenants/{}/adapters"),
+    ("DELETE", "/admin/tenants/{}/adapters/none"),
+    ("DELETE", "/admin/tenants/default/adapters/{}"),
     ("GET", "/admin/tenants/{}/keys"),
     ("POST", "/admin/tenants/{}/keys"),
     ("DELETE", "/admin/tenants/{}/keys/none"),
@@ -34,7 +37,7 @@ PATHS = [
     ("GET", "/v1/usage?to={}"),
     ("GET", "/adapters/{}"),
 ]
-PAGES = ["/admin/tenants?after={}", "/admin/tenants/default/keys?after={}"]
+PAGES = ["/admin/tenants?after={}", "/admin/tenants/default/keys?after={}", "/admin/tenants/default/adapters?after={}"]
 JSON = {"content-type": "application/json"}
 BODIES = {"PATCH": {"weight": 1}, "POST": {"scopes": ["generate"]}}
 

@@ -28,6 +28,8 @@ OPERATIONS = [
     ("GET", "/admin/tenants/{tenant}"),
     ("PATCH", "/admin/tenants/{tenant}"),
     ("POST", "/admin/tenants/{tenant}/disable"),
+    ("GET", "/admin/tenants/{tenant}/adapters"),
+    ("DELETE", "/admin/tenants/{tenant}/adapters/{name}"),
     ("POST", "/admin/tenants/{tenant}/keys"),
     ("GET", "/admin/tenants/{tenant}/keys"),
     ("DELETE", "/admin/tenants/{tenant}/keys/{key}"),
