@@ -68,7 +68,7 @@ class _Account:
     running: int = 0
     spent: int = 0
     held: int = 0
-    warned: bool = False
+    warned: int | None = None  # the highest soft budget that it was said to be over
 
 
 class Reservation:
@@ -107,7 +107,7 @@ class Reservation:
 
 class Admission:
     """The limits of all tenants. `clock` gives seconds since 1970; `spent` is as for `load`, at the start. `refused`
-    counts refusals by code and `soft_warnings` windows that went over a `soft_budget`. Memory: one small account a
+    counts refusals by code and `soft_warnings` how often a window went over a `soft_budget`, or over a raised one. Memory: one small account a
     tenant."""
 
     def __init__(self, spent: Iterable[tuple[Tenant, int]] = (), *, clock: Callable[[], float] = time.time):
@@ -215,7 +215,7 @@ class Admission:
             account = self._accounts[tenant.id] = _Account(window)
         elif account.window != window:
             if account.window.end_ms is not None and now_ms >= account.window.end_ms:
-                account.spent, account.held, account.warned = 0, 0, False
+                account.spent, account.held, account.warned = 0, 0, None
                 account.turn += 1
             # else the duration was changed: what was spent stays counted until `load` says better
             account.window = window
@@ -249,8 +249,8 @@ class Admission:
         account.held -= reservation.held
         account.spent += cost
         soft = tenant.limits.soft_budget
-        if soft is not None and account.spent >= soft and not account.warned:
-            account.warned = True
+        if soft is not None and account.spent >= soft and (account.warned is None or account.warned < soft):
+            account.warned = soft
             self.soft_warnings += 1
             log.warning("tenant %s has spent %d micro-dollars, its soft budget is %d", tenant.id, account.spent, soft)
 

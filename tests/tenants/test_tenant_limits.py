@@ -220,6 +220,16 @@ def test_a_soft_budget_warns_once_a_window(caplog: pytest.LogCaptureFixture) -> 
     assert admission.soft_warnings == len(caplog.records) == 2
 
 
+def test_a_soft_budget_that_is_raised_warns_again(caplog: pytest.LogCaptureFixture) -> None:
+    admission = Admission()
+    with caplog.at_level(logging.WARNING, "onebase.tenants"):
+        for soft, spent in ((10, 10), (10, 12), (20, 15), (20, 20), (20, 25), (15, 30), (20, 35), (40, 41)):
+            who = tenant(soft_budget=soft)
+            cost = spent - admission.spent(who)
+            admission.reserve(who, 1, cost).settle(1, cost)
+    assert [record.args for record in caplog.records] == [("a", 10, 10), ("a", 20, 20), ("a", 41, 40)]
+
+
 WRONG = [
     *({"rpm_limit": 0}, {"max_budget": -1}, {"tpm_limit": 10**13}, {"allowed_adapters": frozenset({"../x"})}),
     *({"budget_duration": text} for text in ("30", "0d", "1d\n", "9999999d", "")),
