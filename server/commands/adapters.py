@@ -21,7 +21,8 @@ Of = Annotated[str | None, typer.Option(help="Another tenant's; needs an admin k
 def list_adapters(url: Url = LOCAL, key: Key = None, as_json: AsJson = False, tenant: Of = None) -> None:
     """Lists one's own adapters and the published ones, or a tenant's own, also a disabled one's."""
     rows = pages(url, key, _adapters(tenant))
-    show_rows(rows, ("name", "version", "rank", "bytes", "residency", "lane", "requests", "digest"), as_json)
+    columns = ("name", "own", "public", "version", "rank", "bytes", "residency", "lane", "requests", "digest")
+    show_rows(rows, columns, as_json)
 
 
 @adapters.command("show")
@@ -105,6 +106,23 @@ def unmerge(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = Fals
     """Puts an adapter back into the shared lane, and frees its copy."""
     body = call("PATCH", url, key, _adapter(name), json={"lane": "shared"})
     show_rows([body], ("name", "version", "lane", "pinned", "digest"), as_json)
+
+
+@adapters.command("publish")
+def publish(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
+    """Lets all tenants use an adapter of one's own."""
+    _set_public(name, True, url, key, as_json)
+
+
+@adapters.command("unpublish")
+def unpublish(name: str, url: Url = LOCAL, key: Key = None, as_json: AsJson = False) -> None:
+    """Makes an adapter private again; requests that run on it are finished."""
+    _set_public(name, False, url, key, as_json)
+
+
+def _set_public(name: str, public: bool, url: str, key: str | None, as_json: bool) -> None:
+    body = call("PATCH", url, key, _adapter(name), json={"public": public})
+    show_rows([body], ("name", "version", "public", "digest"), as_json)
 
 
 def _adapters(tenant: str | None) -> str:

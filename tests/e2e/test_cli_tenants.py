@@ -145,6 +145,27 @@ def test_usage_and_invoice(admin, acme, base, tmp_path):
     assert acme("invoice", "--csv").startswith("tenant,month,adapter,kind")
 
 
+def test_an_adapter_is_published_and_an_operator_removes_it(admin, acme, base, tmp_path):
+    folder = save_adapter(base, tmp_path / "a", seed=2, r=4, lora_alpha=8, target_modules=["q_proj"])
+    acme("adapters", "push", "shown", folder)
+    assert "shown" not in admin("adapters", "list")
+    assert acme("adapters", "publish", "shown", "--json")[0]["public"] is True
+    assert [(one["name"], one["own"], one["public"]) for one in admin("adapters", "list", "--json")] == [
+        ("shown", False, True)
+    ]
+    header = next(line for line in admin("adapters", "list").splitlines() if "digest" in line)
+    assert ("own" in header, "public" in header) == (True, True)
+    assert "False" in acme("adapters", "unpublish", "shown")
+    assert "shown" not in admin("adapters", "list")
+    admin("tenants", "disable", "acme", "--json")
+    assert "shown" in [one["name"] for one in admin("adapters", "list", "--tenant", "acme", "--json")]
+    assert admin("adapters", "rm", "shown", "--tenant", "acme", "--json") == {"deleted": "shown"}
+    assert "shown" not in admin("adapters", "list", "--tenant", "acme")
+    assert "404" in run("adapters", "rm", "shown", "--tenant", "acme", env=admin.env).stderr
+    admin("tenants", "update", "acme", "--enable", "--json")
+    assert "403" in run("adapters", "list", "--tenant", "default", env=acme.env).stderr
+
+
 def test_what_is_refused_is_told_and_exits_1(admin, acme):
     for words, status in (
         (("tenants", "list"), "403"),
