@@ -25,7 +25,7 @@ RankClass = Annotated[
     list[Annotated[int, Field(ge=0, le=max(MAX_RANK, MAX_MULTIPLIER))]], Field(min_length=2, max_length=2)
 ]
 RankClasses = Annotated[list[RankClass], Field(max_length=MAX_CLASSES)]
-Priorities = Annotated[list[Literal["interactive", "batch"]], Field(max_length=2)]
+Priorities = Annotated[list[Literal["interactive", "batch"]], Field(min_length=1, max_length=2)]
 Moment = Annotated[str, StringConstraints(min_length=1, max_length=40)] | Annotated[float, Field(ge=0, lt=2**43)]
 _NULLABLE = {"max_adapters", "max_adapter_bytes", "max_merged_bytes", "customer"}
 

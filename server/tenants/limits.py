@@ -107,8 +107,8 @@ class Reservation:
 
 class Admission:
     """The limits of all tenants. `clock` gives seconds since 1970; `spent` is as for `load`, at the start. `refused`
-    counts refusals by code and `soft_warnings` how often a window went over a `soft_budget`, or over a raised one. Memory: one small account a
-    tenant."""
+    counts refusals by code and `soft_warnings` how often a tenant went over its `soft_budget`. Memory: a small account
+    a tenant."""
 
     def __init__(self, spent: Iterable[tuple[Tenant, int]] = (), *, clock: Callable[[], float] = time.time):
         self._clock = clock
@@ -191,7 +191,9 @@ class Admission:
         """The tenant's account, if all its limits but the budget allow such a request."""
         limits = tenant.limits
         if limits.allowed_adapters is not None and adapter is not None and adapter not in limits.allowed_adapters:
-            raise Forbidden("this adapter is not among those that the tenant may use", code="adapter_not_allowed")
+            raise Forbidden(
+                "this adapter is not among those that the tenant may use", param="adapter", code="adapter_not_allowed"
+            )
         if limits.tpm_limit is not None and tokens > limits.tpm_limit:
             raise InvalidRequest(
                 f"prompt and max_tokens are {tokens} tokens; the limit is {limits.tpm_limit} a minute",
@@ -200,12 +202,16 @@ class Admission:
             )
         account = self._account(tenant, int(now * 1000))
         if limits.max_parallel_requests is not None and account.running >= limits.max_parallel_requests:
-            raise self._refusal(tenant, "too many requests of this tenant run at once", "parallel_limit", 1)
+            message = f"{account.running} requests of this tenant run, and its limit is {limits.max_parallel_requests}"
+            raise self._refusal(tenant, message, "parallel_limit", 1)
         used = {"requests": 1, "tokens": tokens}
         for kind, item in self._items(limits).items():
             if not self._rates.test(item, tenant.id, kind, cost=used[kind]):
-                wait = math.ceil(self._rates.get_window_stats(item, tenant.id, kind).reset_time - now)
-                raise self._refusal(tenant, f"the limit of {item.amount} {kind} a minute", f"{kind}_limit", wait)
+                stats = self._rates.get_window_stats(item, tenant.id, kind)
+                message = f"the limit of {item.amount} {kind} a minute is reached"
+                if kind == "tokens":
+                    message = f"the request needs {tokens} tokens; of {item.amount} a minute {stats.remaining} are left"
+                raise self._refusal(tenant, message, f"{kind}_limit", math.ceil(stats.reset_time - now))
         return account
 
     def _account(self, tenant: Tenant, now_ms: int) -> _Account:
@@ -229,11 +235,16 @@ class Admission:
         if left >= max(1, least):
             return min(worst, left)
         if account.held and budget - account.spent >= max(1, least):
-            message, wait = "the rest of the budget is held back for requests that run", 1
-        elif (end := account.window.end_ms) is None:
-            message, wait = "the budget is used up, and it does not come back by itself", NO_END_RETRY_SECONDS
+            message = "the rest of the budget is held back for requests that run"
+            raise self._refusal(tenant, message, "budget_exhausted", 1)
+        message = "the budget is used up"
+        if budget > account.spent:
+            left = budget - account.spent
+            message = f"the prompt and a token cost up to {least} micro-dollars, and {left} of the budget are left"
+        if (end := account.window.end_ms) is None:
+            message, wait = f"{message}; a budget without a duration does not come back by itself", NO_END_RETRY_SECONDS
         else:
-            message, wait = "the budget is used up", math.ceil((end - now_ms) / 1000)
+            wait = math.ceil((end - now_ms) / 1000)
         raise self._refusal(tenant, message, "budget_exhausted", wait)
 
     def _settle(self, reservation: Reservation, tokens: int, cost: int, *, requests: int) -> None:

@@ -242,6 +242,7 @@ def test_tenants_are_listed_in_pages_without_their_salt(admin):
         ("PATCH", "/admin/tenants/default", {}, 422),
         ("PATCH", "/admin/tenants/default", {"weight": 0}, 422),
         ("PATCH", "/admin/tenants/default", {"classes": ["best"]}, 422),
+        ("PATCH", "/admin/tenants/default", {"classes": []}, 422),
         ("PATCH", "/admin/tenants/nobody", {"weight": 1}, 404),
         ("GET", "/admin/tenants/nobody", None, 404),
         ("POST", "/admin/tenants/nobody/disable", None, 404),

@@ -146,7 +146,33 @@ def test_adapters_that_are_not_allowed() -> None:
     admission.reserve(who, 1, 1, None)
     with pytest.raises(Forbidden) as caught:
         admission.reserve(who, 1, 1, "other")
-    assert caught.value.code == "adapter_not_allowed"
+    assert (caught.value.code, caught.value.param) == ("adapter_not_allowed", "adapter")
+
+
+def test_what_is_refused_says_what_to_do() -> None:
+    said = []
+    for limits, tokens, more in (
+        ({"rpm_limit": 1}, 1, {}),
+        ({"tpm_limit": 100}, 60, {}),
+        ({"max_parallel_requests": 1}, 1, {}),
+        ({"max_budget": 30}, 1, {"least_cost": 12}),
+        ({"max_budget": 30, "budget_duration": "1d"}, 1, {"least_cost": 12}),
+        ({"max_budget": 20, "budget_duration": "1d"}, 1, {}),
+    ):
+        admission, who = Admission(clock=Clock()), tenant(**limits)
+        first = admission.reserve(who, tokens, 20)
+        if "max_parallel_requests" not in limits:
+            first.settle(tokens, 20)
+        said.append(refusal(admission, who, tokens, 20, **more).message)
+    assert said == [
+        "the limit of 1 requests a minute is reached",
+        "the request needs 60 tokens; of 100 a minute 40 are left",
+        "1 requests of this tenant run, and its limit is 1",
+        "the prompt and a token cost up to 12 micro-dollars, and 10 of the budget are left; a budget without a "
+        "duration does not come back by itself",
+        "the prompt and a token cost up to 12 micro-dollars, and 10 of the budget are left",
+        "the budget is used up",
+    ]
 
 
 def test_a_budget_grants_what_is_left() -> None:
