@@ -24,7 +24,7 @@ Price = Annotated[int, Field(ge=0, le=MAX_PRICE)]
 RankClass = Annotated[
     list[Annotated[int, Field(ge=0, le=max(MAX_RANK, MAX_MULTIPLIER))]], Field(min_length=2, max_length=2)
 ]
-RankClasses = Annotated[list[RankClass], Field(max_length=MAX_CLASSES)]
+RankClasses = Annotated[list[RankClass], Field(min_length=1, max_length=MAX_CLASSES)]
 Priorities = Annotated[list[Literal["interactive", "batch"]], Field(min_length=1, max_length=2)]
 Moment = Annotated[str, StringConstraints(min_length=1, max_length=40)] | Annotated[float, Field(ge=0, lt=2**43)]
 _NULLABLE = {"max_adapters", "max_adapter_bytes", "max_merged_bytes", "customer"}
@@ -186,9 +186,10 @@ class KeyList(BaseModel):
 
 
 class Book(BookBody):
-    """One version of the prices."""
+    """One version of the prices; an early one may have no classes."""
 
     version: int
+    rank_classes: list[RankClass]
 
 
 class Sums(BaseModel):

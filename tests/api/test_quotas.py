@@ -19,7 +19,7 @@ from server.tenants.keys import Scope
 from server.tenants.tenant import Limits
 from tests.serving import Gate, Server, refused, until
 
-A_DOLLAR_A_MILLION = {"prompt": 1_000_000, "cached": 1_000_000, "completion": 1_000_000, "rank_classes": []}
+A_DOLLAR_A_MILLION = {"prompt": 1_000_000, "cached": 1_000_000, "completion": 1_000_000, "rank_classes": [[1, 1000]]}
 PROMPT = [20, 30, 40, 50, 60, 70, 80, 90, 100, 110]
 
 

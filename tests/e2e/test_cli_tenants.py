@@ -2,12 +2,15 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
+from server.commands import prices
+from server.commands.prices import leaps
 from server.datadir import own
 from tests.databases import in_environment
 from tests.families import save_adapter
@@ -103,7 +106,12 @@ def test_the_price_book_is_shown_and_changed(admin, acme):
     assert "16:1000" in shown
     first = generate(admin)
     dear = ("--prompt", 10**9, "--completion", 2 * 10**9, "--rank-classes", "8:1000,64:2500")
-    changed = admin("prices", "set", *dear, "--json")
+    unsure = run("prices", "set", *dear, env=admin.env)
+    assert (unsure.exit_code, unsure.stdout) == (2, "")
+    assert f"prompt: {before['prompt']} to {10**9}" in unsure.stderr
+    assert "--yes" in unsure.stderr
+    assert admin("prices", "show", "--json") == before
+    changed = admin("prices", "set", *dear, "--yes", "--json")
     named = {"prompt": 10**9, "completion": 2 * 10**9, "rank_classes": [[8, 1000], [64, 2500]]}
     assert changed == before | named | {"version": before["version"] + 1}
     assert admin("prices", "show", "--json") == changed
@@ -112,7 +120,7 @@ def test_the_price_book_is_shown_and_changed(admin, acme):
     assert f"version {before['version'] + 2}" in admin("prices", "set", *back, "--rank-classes", "16:1000")
     for wrong, status, why in (
         ((), 2, "name what is to change"),
-        (("--cached", before["prompt"] + 1), 1, "must not cost more"),
+        (("--cached", before["prompt"] + 1, "--yes"), 1, "must not cost more"),
         (("--rank-classes", "16:1000,8:1"), 1, "ascending"),
         (("--rank-classes", "16"), 1, "rank_classes"),
         (("--rank-classes", "16:x"), 2, "whole number"),
@@ -196,3 +204,15 @@ def test_no_admin_key_while_a_server_owns_the_directory_or_without_one(tmp_path)
     result = run("tenants", "admin-key", "--data-dir", tmp_path / "data", "--database-url", "mysql://x/y")
     assert result.exit_code == 1
     assert "sqlite or postgresql" in result.stderr
+
+
+def test_a_price_that_leaps_is_asked_about(monkeypatch):
+    before = {"prompt": 10, "cached": 0, "rank_classes": [[16, 1000], [64, 1500]]}
+    assert leaps(before, {"prompt": 100, "cached": 50, "rank_classes": [[16, 10_000], [64, 15_000]]}) == []
+    assert leaps(before, {"prompt": 101}) == ["prompt: 10 to 101"]
+    assert leaps(before, {"rank_classes": [[8, 1000], [256, 15_000]]}) == ["rank 16: 1000 to 15000 thousandths"]
+    asked = []
+    monkeypatch.setattr("typer.confirm", lambda text, **how: asked.append((text, how)))
+    monkeypatch.setattr(prices, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    prices._confirm(["prompt: 10 to 101"])
+    assert asked == [("more than tenfold: prompt: 10 to 101. Change it?", {"abort": True, "err": True})]
