@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 
 from server.api.access import Caller, guarded
 from server.api.limits import FORM_OVERHEAD, media_type
+from server.api.queries import AdapterPage
 from server.api.schemas import AdapterInfo, AdapterList, AdapterPatch, AdapterStatus, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
 from server.core import MAX_CONFIG_BYTES, AdapterVersion
@@ -95,14 +96,9 @@ async def put_adapter(
 
 
 @router.get("", response_model=AdapterList)
-async def list_adapters(
-    caller: Caller,
-    state: OneState,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    after: Annotated[str | None, Query(max_length=64)] = None,
-) -> dict[str, Any]:
+async def list_adapters(caller: Caller, state: OneState, query: AdapterPage) -> dict[str, Any]:
     """One's own adapters and the published ones by name, a page at a time. Of two of one name, one's own."""
-    page, following = state.registry.list(limit=limit, after=after, tenant=caller.tenant.id)
+    page, following = state.registry.list(limit=query.limit, after=query.after, tenant=caller.tenant.id)
     return {"data": [status_of(state, caller.tenant.id, found) for found in page], "next": following}
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, BackgroundTasks, Depends, Path, Query, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Path, Response
 
 from server.api import tenancy
 from server.api.access import Caller, guarded
 from server.api.adapters import IfMatch, removed, status_of
 from server.api.lanes import restore
 from server.api.moments import moment_ms
+from server.api.queries import PLAIN, AdminPage
 from server.api.schemas import AdapterList
 from server.api.state import State, state_of
 from server.api.tenancy import Book, BookBody, KeyList, KeyMade, NewKeyBody, NewTenant, Revived, TenantInfo, TenantList
@@ -22,10 +23,7 @@ from server.tenants.tenant import Principal, Tenant
 router = APIRouter(prefix="/admin", route_class=guarded(read=Scope.ADMIN, write=Scope.ADMIN))
 OneState = Annotated[State, Depends(state_of)]
 TenantName = Annotated[str, Path(max_length=64)]
-_PLAIN = r"^[\x21-\x7e]*$"  # what goes to the database: PostgreSQL takes no NUL in a text
-KeyName = Annotated[str, Path(max_length=64, pattern=_PLAIN)]
-Limit = Annotated[int, Query(ge=1, le=1000)]
-After = Annotated[str, Query(max_length=64, pattern=_PLAIN)]
+KeyName = Annotated[str, Path(max_length=64, pattern=PLAIN)]
 
 
 @router.post("/tenants", status_code=201, response_model=TenantInfo)
@@ -38,11 +36,11 @@ async def create_tenant(body: NewTenant, caller: Caller, state: OneState) -> dic
 
 
 @router.get("/tenants", response_model=TenantList)
-async def list_tenants(caller: Caller, state: OneState, limit: Limit = 100, after: After = "") -> dict[str, Any]:
+async def list_tenants(caller: Caller, state: OneState, query: AdminPage) -> dict[str, Any]:
     """All tenants by id, a page at a time."""
-    found = state.accounts.directory.tenants(limit=limit + 1, after=after)
-    data = [_shown(state, tenant) for tenant in found[:limit]]
-    return {"data": data, "next": data[-1]["id"] if len(found) > limit else None}
+    found = state.accounts.directory.tenants(limit=query.limit + 1, after=query.after)
+    data = [_shown(state, tenant) for tenant in found[: query.limit]]
+    return {"data": data, "next": data[-1]["id"] if len(found) > query.limit else None}
 
 
 @router.get("/tenants/{tenant}", response_model=TenantInfo)
@@ -81,11 +79,11 @@ async def disable_tenant(tenant: TenantName, caller: Caller, state: OneState) ->
 
 @router.get("/tenants/{tenant}/adapters", response_model=AdapterList)
 async def list_tenants_adapters(
-    tenant: TenantName, caller: Caller, state: OneState, limit: Limit = 100, after: After = ""
+    tenant: TenantName, caller: Caller, state: OneState, query: AdminPage
 ) -> dict[str, Any]:
     """A tenant's own adapters by name, a page at a time, as it sees them; also a disabled one's."""
     whose = state.accounts.directory.show(tenant).id
-    page, following = state.registry.list(limit=limit, after=after or None, tenant=whose, own=True)
+    page, following = state.registry.list(limit=query.limit, after=query.after or None, tenant=whose, own=True)
     return {"data": [status_of(state, whose, found) for found in page], "next": following}
 
 
@@ -111,13 +109,11 @@ async def create_key(
 
 
 @router.get("/tenants/{tenant}/keys", response_model=KeyList)
-async def list_keys(
-    tenant: TenantName, caller: Caller, state: OneState, limit: Limit = 100, after: After = ""
-) -> dict[str, Any]:
+async def list_keys(tenant: TenantName, caller: Caller, state: OneState, query: AdminPage) -> dict[str, Any]:
     """Its keys without their secrets, also those that are revoked or have expired."""
-    found = await state.accounts.directory.keys(tenant, limit=limit + 1, after=after)
-    data = [tenancy.key_info(key) for key in found[:limit]]
-    return {"data": data, "next": data[-1]["id"] if len(found) > limit else None}
+    found = await state.accounts.directory.keys(tenant, limit=query.limit + 1, after=query.after)
+    data = [tenancy.key_info(key) for key in found[: query.limit]]
+    return {"data": data, "next": data[-1]["id"] if len(found) > query.limit else None}
 
 
 @router.delete("/tenants/{tenant}/keys/{key}", status_code=204)

@@ -7,13 +7,14 @@ import csv
 import io
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Header, Path, Query, Response
+from fastapi import APIRouter, Depends, Header, Path, Response
 from pydantic import BaseModel
 
 from server.api.access import Caller, guarded
 from server.api.moments import moment_ms
+from server.api.queries import OfInvoice, OfUsage
 from server.api.state import State, state_of
 from server.api.tenancy import AdapterRow, DayRow, InvoiceInfo, RequestRow, UsagePage
 from server.errors import Forbidden
@@ -21,42 +22,29 @@ from server.tenants import usage
 from server.tenants.invoice import invoice
 from server.tenants.keys import Scope
 from server.tenants.tenant import Principal
-from server.tenants.usage import MAX_LIMIT, GroupBy, Page
+from server.tenants.usage import Page
 
 PART = 2_000  # rows that are read at once: some milliseconds of the event loop
 NEXT = "x-next-after"  # a CSV's `next`
 router = APIRouter(prefix="/v1", route_class=guarded(read=Scope.USAGE_READ, write=Scope.USAGE_READ))
 OneState = Annotated[State, Depends(state_of)]
-Of = Annotated[str | None, Query(max_length=64, description="another tenant, for keys with the scope admin")]
-Format = Annotated[Literal["json", "csv"] | None, Query(alias="format", description="beats the Accept header")]
 Accept = Annotated[str, Header(max_length=4096)]
 _ROWS: dict[str, type[BaseModel]] = {"request": RequestRow, "adapter": AdapterRow, "day": DayRow}
 _KINDS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/csv": {"schema": {"type": "string"}}}}}
 
 
 @router.get("/usage", response_model=UsagePage, responses=_KINDS)
-async def show_usage(
-    caller: Caller,
-    state: OneState,
-    since: Annotated[str, Query(alias="from", max_length=40)] = "0",
-    until: Annotated[str | None, Query(alias="to", max_length=40)] = None,
-    group_by: GroupBy = "request",
-    limit: Annotated[int, Query(ge=1, le=MAX_LIMIT)] = 100,
-    after: Annotated[str | None, Query(max_length=200)] = None,
-    tenant: Of = None,
-    as_format: Format = None,
-    accept: Accept = "",
-) -> Response:
+async def show_usage(caller: Caller, state: OneState, query: OfUsage, accept: Accept = "") -> Response:
     """Requests that have ended and were admitted from `from` until before `to`, a page at a time, oldest first."""
-    chosen: dict[str, Any] = {"group_by": group_by, "from_ms": moment_ms(since, "from")}
-    if until is not None:
-        chosen["to_ms"] = moment_ms(until, "to")
-    whose = _whose(caller, tenant, state)
-    as_csv = _is_csv(as_format, accept)
-    columns = list(_ROWS[group_by].model_fields)
+    chosen: dict[str, Any] = {"group_by": query.group_by, "from_ms": moment_ms(query.since, "from")}
+    if query.until is not None:
+        chosen["to_ms"] = moment_ms(query.until, "to")
+    whose = _whose(caller, query.tenant, state)
+    as_csv = _is_csv(query.as_format, accept)
+    columns = list(_ROWS[query.group_by].model_fields)
     dump = (lambda rows: _csv_rows(rows, columns)) if as_csv else _json_rows
     async with state.pages.turn(caller.tenant.id):
-        parts, following = await _gather(state, whose, chosen, limit, after, dump)
+        parts, following = await _gather(state, whose, chosen, query.limit, query.after, dump)
     if as_csv:
         headers = {} if following is None else {NEXT: following}
         body = ",".join(columns) + "\r\n" + "".join(parts)
@@ -70,13 +58,12 @@ async def show_invoice(
     month: Annotated[str, Path(max_length=16, description="yyyy-mm, in UTC")],
     caller: Caller,
     state: OneState,
-    tenant: Of = None,
-    as_format: Format = None,
+    query: OfInvoice,
     accept: Accept = "",
 ) -> Response:
     """The bill of a month as it stands: a line for each adapter and kind of charge, which add up to the total."""
-    bill = await invoice(state.accounts.database, _whose(caller, tenant, state), month)
-    if _is_csv(as_format, accept):
+    bill = await invoice(state.accounts.database, _whose(caller, query.tenant, state), month)
+    if _is_csv(query.as_format, accept):
         return Response(bill.as_csv(), media_type="text/csv")
     return Response(json.dumps(bill.as_dict()), media_type="application/json")
 

@@ -256,8 +256,20 @@ def test_tenants_are_listed_in_pages_without_their_salt(admin):
         ("GET", "/v1/usage?from=yesterday", None, 422),
         ("GET", "/v1/usage?to=-1", None, 422),
         ("GET", "/v1/usage?after=x", None, 422),
+        ("GET", "/v1/usage?form=2026-11-01", None, 422),
+        ("GET", "/v1/usage?since=2026-11-01", None, 422),
+        ("GET", "/v1/invoices/2026-11?tennant=default", None, 422),
+        ("GET", "/adapters?tenant=default", None, 422),
+        ("GET", "/admin/tenants?offset=1", None, 422),
+        ("GET", "/admin/tenants/default/keys?revoked=0", None, 422),
+        ("GET", "/admin/tenants/default/adapters?name=a", None, 422),
         ("GET", "/v1/invoices/2026-13", None, 422),
     ],
 )
 def test_what_is_refused(admin, method, path, body, status):
     refused(admin.http.request(method, path, json=body), status)
+
+
+def test_a_mistyped_parameter_is_named(admin):
+    told = refused(admin.http.get("/v1/usage", params={"form": "2026-11-01"}), 422, "form")
+    assert told["code"] == "invalid_request"

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from server.api import adapters as api
+from server.api.queries import AdapterQuery
 from server.api.schemas import AdapterPatch, Rollback
 from server.api.state import State
 from server.engine.stats import Stats
@@ -247,7 +248,7 @@ class Ownership(RuleBasedStateMachine):
         seen: list[str] = []
         after: str | None = None
         while True:
-            page = self.call(api.list_adapters, principal(tenant), self.state, limit, after)
+            page = self.call(api.list_adapters, principal(tenant), self.state, AdapterQuery(limit=limit, after=after))
             for status in page["data"]:
                 self.check(tenant, status)
             seen += [status["name"] for status in page["data"]]
