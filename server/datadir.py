@@ -27,5 +27,7 @@ def own(data_dir: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise OSError(f"another onebase server uses the data directory {data_dir}") from None
+        raise OSError(
+            f"another onebase server uses the data directory {data_dir}: each needs one of its own (ONEBASE_DATA_DIR)"
+        ) from None
     return descriptor

@@ -8,7 +8,7 @@ from itertools import groupby
 
 from sortedcontainers import SortedDict
 
-from server.errors import AdapterNotFound, Conflict
+from server.errors import AdapterNotFound, Conflict, Forbidden
 from server.registry.records import Key, Record
 
 
@@ -29,10 +29,11 @@ class Names:
         return self._own.get(key[0], {}).get(key[1])
 
     def own(self, key: Key) -> Record:
-        """The same. Raises `AdapterNotFound`."""
-        record = self.get(key)
-        if record is None:
-            raise _not_found(key[1])
+        """The same, to be changed. Raises `Forbidden` where the name means another's published one, which all may see,
+        `AdapterNotFound` where it means none."""
+        owner, record = self.find(key)
+        if owner != key:
+            raise Forbidden(f"the adapter {key[1]} is another tenant's: only its owner may change it", param="adapter")
         return record
 
     def find(self, key: Key) -> tuple[Key, Record]:

@@ -67,7 +67,12 @@ def test_private_until_published(served, adapters):
     assert (seen["own"], seen["requests"], seen["in_flight"], seen["last_used"]) == (False, 0, 0, None)
     used = server.http.post("/v1/generate", json=body, headers=keys["bob"]).json()["adapter"]
     assert (used["name"], used["digest"], used["cold"]) == ("tone", digest, False)
-    refused(server.http.delete("/adapters/tone", headers=keys["bob"]), 404, "adapter")
+    for forbidden in (
+        server.http.delete("/adapters/tone", headers=keys["bob"]),
+        server.http.patch("/adapters/tone", json={"public": False}, headers=keys["bob"]),
+        server.http.post("/adapters/tone/rollback", json={"version": 1}, headers=keys["bob"]),
+    ):
+        assert refused(forbidden, 403, "adapter")["code"] == "forbidden"
     assert put(server, "tone", adapters[1], keys["bob"]).status_code == 201
     taken = server.http.patch("/adapters/tone", json={"public": True}, headers=keys["bob"])
     assert refused(taken, 409, "public")["code"] == "name_published"

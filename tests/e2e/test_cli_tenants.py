@@ -93,7 +93,9 @@ def test_keys_are_made_listed_and_revoked(admin):
     assert own("adapters", "list", "--json") == []
     (listed,) = admin("tenants", "keys", "list", "gamma", "--json")
     assert listed == {name: value for name, value in made.items() if name != "token"}
-    assert "ci" in admin("tenants", "keys", "list", "gamma")
+    table = admin("tenants", "keys", "list", "gamma")
+    assert "ci" in table
+    assert "2100-01-01 00:00:00Z" in table, "a time that people read"
     assert admin("tenants", "keys", "revoke", "gamma", made["id"], "--json") == {"revoked": made["id"]}
     assert "401" in run("adapters", "list", env=own.env).stderr
 
@@ -196,7 +198,7 @@ def test_what_is_refused_is_told_and_exits_1(admin, acme):
 def test_no_admin_key_while_a_server_owns_the_directory_or_without_one(tmp_path):
     (tmp_path / "data").mkdir()
     lock = own(tmp_path / "data")
-    for folder, why in (("data", "another onebase server"), ("none", "no data directory")):
+    for folder, why in (("data", "each needs one of its own (ONEBASE_DATA_DIR)"), ("none", "no data directory")):
         result = run("tenants", "admin-key", "--data-dir", tmp_path / folder)
         assert (result.exit_code, result.stdout) == (1, "")
         assert why in result.stderr

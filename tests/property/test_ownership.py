@@ -28,7 +28,7 @@ from server.api.queries import AdapterQuery
 from server.api.schemas import AdapterPatch, Rollback
 from server.api.state import State
 from server.engine.stats import Stats
-from server.errors import AdapterNotFound, Conflict
+from server.errors import AdapterNotFound, Conflict, Forbidden
 from server.registry.cache import AdapterCache
 from server.registry.holds import Lease
 from server.registry.quotas import Quota
@@ -133,6 +133,16 @@ class Ownership(RuleBasedStateMachine):
         assert refused.value.envelope() == AdapterNotFound(f"there is no adapter {name}", param="adapter").envelope()
         return None
 
+    def changed(self, tenant: str, name: str, function: Any, *arguments: Any) -> Any:
+        """The answer to a change, which only the owner may make: of what it may see, others are told so."""
+        found = self.means(tenant, name)
+        if found is None or found[0] == tenant:
+            return self.asked(found is not None, name, function, *arguments)
+        with pytest.raises(Forbidden) as refused:
+            self.call(function, *arguments)
+        assert not any(other in json.dumps(refused.value.envelope()) for other in TENANTS)
+        return None
+
     def uses_of(self, owner: str, name: str) -> list[Use]:
         return [use for use in self.open if (use.owner, use.lease.ref.name) == (owner, name)]
 
@@ -181,7 +191,7 @@ class Ownership(RuleBasedStateMachine):
                 self.call(api.patch_adapter, *patch)
             assert refused.value.code == "name_published"
             return
-        status = self.asked(one is not None, name, api.patch_adapter, *patch)
+        status = self.changed(tenant, name, api.patch_adapter, *patch)
         if one is not None:
             one.public = public
             self.check(tenant, status)
@@ -191,14 +201,14 @@ class Ownership(RuleBasedStateMachine):
         one = self.adapters.get((tenant, name))
         if one is None or version in one.versions:
             call = (name, Rollback(version=version), principal(tenant), self.state)
-            self.asked(one is not None, name, api.roll_back, *call)
+            self.changed(tenant, name, api.roll_back, *call)
             if one is not None:
                 one.current = version
 
     @rule(tenant=tenants, name=names)
     def delete(self, tenant: str, name: str) -> None:
+        self.changed(tenant, name, api.delete_adapter, name, principal(tenant), self.state)
         one = self.adapters.pop((tenant, name), None)
-        self.asked(one is not None, name, api.delete_adapter, name, principal(tenant), self.state)
         if one is not None:
             self.ram.discard((tenant, one.content))
             for use in self.uses_of(tenant, name):

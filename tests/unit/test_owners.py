@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.core import AdapterRef, digest_in
-from server.errors import AdapterNotFound, Conflict, StorageFailure
+from server.errors import AdapterNotFound, Conflict, Forbidden, StorageFailure
 from server.registry import store as store_module
 from server.registry.cache import AdapterCache
 from server.registry.quotas import Quota
@@ -74,7 +74,9 @@ def test_only_the_owner_changes_what_is_published(make):
         lambda name: registry.rollback(name, 1, tenant="bob"),
         lambda name: registry.delete(name, tenant="bob"),
     ):
-        assert refusal(write, "a") == AdapterNotFound("there is no adapter a", param="adapter").envelope()
+        with pytest.raises(Forbidden, match="only its owner"):
+            write("a")
+        assert refusal(write, "b") == AdapterNotFound("there is no adapter b", param="adapter").envelope()
     assert registry.find("a", "bob").version == theirs
 
 
