@@ -112,7 +112,7 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
         claim.regained = state.accounts.reload
         if token is not None:
             # Written whole: log lines come too.
-            sys.stderr.write(f"The admin key, for AUTH=on; it is shown this once:\n{token}\n")
+            sys.stderr.write(f"\nThe admin key, for AUTH=on; it is shown this once:\n{token}\n\n")
             sys.stderr.flush()
         state.registry.withdraw_where(state.accounts.directory.disabled)
         state.client.attach(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated, Any
 
 import httpx
@@ -18,6 +19,7 @@ Url = Annotated[str, typer.Option(envvar="ONEBASE_URL", help="The server.")]
 Key = Annotated[str | None, typer.Option(envvar="ONEBASE_KEY", help="The API key.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 PAGE = 1000
+MOMENTS = {"created", "expires", "revoked", "last_used"}  # seconds since 1970, which JSON keeps
 LOCAL = "http://127.0.0.1:8000"
 errors = Console(stderr=True)
 
@@ -69,7 +71,7 @@ def show_rows(rows: list[dict[str, Any]], columns: tuple[str, ...], as_json: boo
     for column in columns:  # whole names and digests, on several lines where the terminal is narrow
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(row.get(column, "")) for column in columns))
+        table.add_row(*(_cell(row.get(column, ""), column) for column in columns))
     _print(table)
 
 
@@ -80,7 +82,7 @@ def show_one(body: dict[str, Any], as_json: bool) -> None:
         return
     table = Table("field", "value")
     for name, value in body.items():
-        table.add_row(name, _cell(value))
+        table.add_row(name, _cell(value, name))
     _print(table)
 
 
@@ -95,7 +97,9 @@ def settings_of(flags: dict[str, Any]) -> Settings:
         raise typer.Exit(2) from None
 
 
-def _cell(value: Any) -> str:
+def _cell(value: Any, name: str = "") -> str:
+    if name in MOMENTS and isinstance(value, (int, float)):
+        return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(value))
     if isinstance(value, dict):
         return ", ".join(f"{name} {_cell(one)}" for name, one in value.items() if one is not None)
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
