@@ -90,7 +90,9 @@ def test_every_command_works_in_the_readmes_order(env: dict[str, str]) -> None:
     assert all(question.adapter in listed for question in demo.questions())
 
 
-def test_the_tenants_commands_work_on_a_server_with_keys() -> None:
+def test_the_tenants_commands_work_on_a_server_with_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in in_environment(tmp_path).items():
+        monkeypatch.setenv(name, value)  # a database has one server
     with demo.server("--auth", "on") as running:
         running.wait_ready()
         with demo.admin_of(running) as admin:
