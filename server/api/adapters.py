@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,13 @@ from server.api.queries import AdapterPage
 from server.api.schemas import AdapterInfo, AdapterList, AdapterPatch, AdapterStatus, Rollback, Source, VersionList
 from server.api.state import Activity, State, state_of
 from server.core import MAX_CONFIG_BYTES, AdapterVersion
-from server.errors import InvalidRequest, TooLarge
+from server.errors import InvalidRequest, RateLimited, TooLarge
 from server.registry import sources
 from server.registry.quotas import Quota
 from server.registry.records import Named, ref_of
 from server.registry.store import Staging, storage_errors
 from server.tenants.keys import Scope
-from server.tenants.tenant import Principal
+from server.tenants.tenant import Principal, Tenant
 
 RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are under way at once
 OneState = Annotated[State, Depends(state_of)]
@@ -88,7 +88,7 @@ async def put_adapter(
         filled = _received(request, state)
     else:
         raise InvalidRequest("send multipart/form-data with 'config' and 'weights', or application/json with 'source'")
-    with state.uploads.taking(tenant):
+    with _place(caller.tenant, state):
         async with filled as staging:
             draft = await state.checks.run(tenant, partial(check, staging))
             result = await state.changes.run(tenant, partial(take, staging, draft))
@@ -150,6 +150,20 @@ def _least_bytes(request: Request) -> int:
     length = request.headers.get("content-length", "")
     form = media_type(request.scope) == "multipart/form-data" and length.isdecimal()
     return max(1, int(length) - FORM_OVERHEAD) if form else 1
+
+
+@contextlib.contextmanager
+def _place(tenant: Tenant, state: State) -> Iterator[None]:
+    """A place for an upload during the block. Raises as `Places.taking`; a refusal by the tenant's part is counted and
+    carries the headers of its limits, as those of requests do."""
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(state.uploads.taking(tenant.id))
+        except RateLimited as fault:
+            state.accounts.admission.refused_by(fault, tenant)
+            state.traffic.refused(tenant.id, fault.code)
+            raise
+        yield
 
 
 @contextlib.asynccontextmanager

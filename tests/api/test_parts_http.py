@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from server.tenants.keys import Scope
+from server.tenants.tenant import Limits
 from tests.families import adapter_bytes
 from tests.serving import Gate, Server, refused, until
 
@@ -23,7 +24,7 @@ def served(base, tmp_path_factory) -> Iterator[tuple[Server, dict[str, httpx.Cli
         directory, loop = server.state.accounts.directory, server.state.client.loop
 
         async def client(tenant: str) -> httpx.Client:
-            await directory.create(tenant)
+            await directory.create(tenant, limits=Limits(rpm_limit=100))
             _, token = await directory.create_key(tenant, [Scope.GENERATE, Scope.ADAPTERS_WRITE])
             return httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {token}"})
 
@@ -51,6 +52,11 @@ def test_uploads_that_never_end_leave_room_for_another_tenants(served, adapters)
         until(lambda: uploads.taken == uploads.most // 2)
         answer = put(clients["ann"], "more", adapters[0])
         assert refused(answer, 429)["code"] == "uploads_limit"
+        assert answer.headers["x-ratelimit-limit-requests"] == "100", "as every 429 of a tenant with such a limit"
+        assert answer.headers["x-ratelimit-remaining-requests"] == "100", "and an upload is no request for tokens"
+        page = httpx.get(f"{server.url}/metrics").text
+        assert 'onebase_limit_refusals_total{code="uploads_limit"} 1.0' in page
+        assert dict(server.state.traffic.shown().tenants)["ann"].refused == {"uploads_limit": 1}
         assert put(clients["bob"], "b", adapters[0]).status_code == 201
     until(lambda: uploads.taken == 0)
     assert put(clients["ann"], "more", adapters[0]).status_code == 201
