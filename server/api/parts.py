@@ -19,13 +19,13 @@ RETRY_SECONDS = 5
 class Places:
     """At most `most` uploads at once; nobody waits for a place. Used from one event loop.
 
-    A tenant takes one while it has fewer than are free (dynamic thresholds: Choudhury and Hahne, "Dynamic Queue Length
-    Thresholds for Shared-Memory Packet Switches", IEEE/ACM Transactions on Networking, 1998): one alone gets half of
-    them, of several each a like part, and some stay free for whoever comes next.
+    With `shared`, a tenant takes one while it has fewer than are free (dynamic thresholds: Choudhury and Hahne,
+    "Dynamic Queue Length Thresholds for Shared-Memory Packet Switches", IEEE/ACM Transactions on Networking, 1998): one
+    alone gets half of them, of several each a like part, and some stay free for whoever comes next.
     """
 
-    def __init__(self, most: int):
-        self.most = most
+    def __init__(self, most: int, *, shared: bool):
+        self.most, self._shared = most, shared
         self._held: Counter[str] = Counter()  # by tenant; without those that have none
 
     @property
@@ -35,10 +35,10 @@ class Places:
 
     @contextlib.contextmanager
     def taking(self, tenant: str) -> Iterator[None]:
-        """A place during the block. Raises RateLimited when the tenant has its part already, Overloaded when it has
-        none and none is free."""
+        """A place during the block. Raises RateLimited when the tenant has its part already, Overloaded when none is
+        free for one that is within its part."""
         free = self.most - self.taken
-        if self._held[tenant] >= max(1, free):
+        if self._shared and self._held[tenant] >= max(1, free):
             message = f"this tenant is sending {self._held[tenant]} uploads already, which is its part at present"
             raise RateLimited(message, code="uploads_limit", retry_after=RETRY_SECONDS)
         if not free:
@@ -52,12 +52,12 @@ class Places:
 
 
 class Lines:
-    """Work for threads, `most` pieces at once and at most `each` of one tenant; the others wait. Used from one event
-    loop. A tenant's own line comes before the common one, in which it has at most `each`: however many it
-    sends, another waits behind no more than that."""
+    """Work for threads, `most` pieces at once and, with `shared`, at most `each` of one tenant; the others wait. Used
+    from one event loop. A tenant's own line comes before the common one, in which it has at most `each`: however many
+    it sends, another waits behind no more than that."""
 
-    def __init__(self, most: int, each: int):
-        self._all, self._each = anyio.CapacityLimiter(most), each
+    def __init__(self, most: int, each: int, *, shared: bool):
+        self._all, self._each = anyio.CapacityLimiter(most), each if shared else most
         self._own: dict[str, anyio.CapacityLimiter] = {}  # of tenants that have work or wait
         self._users: Counter[str] = Counter()
 

@@ -27,10 +27,8 @@ from server.settings import Settings
 from server.tenants.accounts import Accounts
 
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
-CHANGES_AT_ONCE = (
-    32  # of names; each may wait for the one thread that makes copies, for the disk, or for the one before
-)
-CHANGES_OF_ONE = 8  # tenant
+# Changes of names, each of which may wait for the one thread that makes copies, for the disk, or for the one before.
+CHANGES_AT_ONCE, CHANGES_OF_ONE = 32, 8  # in all, and of one tenant
 PAGES_AT_ONCE = 4  # of usage: a large one takes tens of megabytes while it is made
 UPLOADS_AT_ONCE = 16  # each may fill the temporary directory and `staging/` with the largest upload
 
@@ -65,14 +63,19 @@ class State:
     activity: dict[tuple[str, str], Activity] = field(default_factory=dict)
     responses: Responses = field(default_factory=Counter)
     fairness: Fairness = field(default_factory=Fairness)
-    checks: Lines = field(default_factory=lambda: Lines(CHECKS_AT_ONCE, CHECKS_AT_ONCE // 2))
-    changes: Lines = field(default_factory=lambda: Lines(CHANGES_AT_ONCE, CHANGES_OF_ONE))
-    pages: Lines = field(default_factory=lambda: Lines(PAGES_AT_ONCE, PAGES_AT_ONCE // 2))
-    uploads: Places = field(default_factory=lambda: Places(UPLOADS_AT_ONCE))
+    checks: Lines = field(init=False)
+    changes: Lines = field(init=False)
+    pages: Lines = field(init=False)
+    uploads: Places = field(init=False)
     fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(UPLOADS_AT_ONCE))
 
     def __post_init__(self) -> None:
-        self.reads = Reads(self.settings.max_queue_requests, shared=self.settings.auth == "on")
+        shared = self.settings.auth == "on"  # else all is one tenant's
+        self.reads = Reads(self.settings.max_queue_requests, shared=shared)
+        self.checks = Lines(CHECKS_AT_ONCE, CHECKS_AT_ONCE // 2, shared=shared)
+        self.changes = Lines(CHANGES_AT_ONCE, CHANGES_OF_ONE, shared=shared)
+        self.pages = Lines(PAGES_AT_ONCE, PAGES_AT_ONCE // 2, shared=shared)
+        self.uploads = Places(UPLOADS_AT_ONCE, shared=shared)
 
     @cached_property
     def traffic(self) -> Traffic:

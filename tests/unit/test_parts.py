@@ -26,7 +26,7 @@ def fill(places: Places, tenant: str, held: contextlib.ExitStack) -> int:
 
 
 def test_one_has_half_and_each_that_comes_finds_room() -> None:
-    places = Places(16)
+    places = Places(16, shared=True)
     with contextlib.ExitStack() as held:
         assert [fill(places, tenant, held) for tenant in "abcd"] == [8, 4, 2, 1]
         held.enter_context(places.taking("e"))
@@ -42,9 +42,38 @@ def test_one_has_half_and_each_that_comes_finds_room() -> None:
         assert fill(places, "f", held) == 8
 
 
+def test_where_there_is_one_tenant_it_has_all() -> None:
+    places = Places(16, shared=False)
+    with contextlib.ExitStack() as held:
+        for _ in range(16):
+            held.enter_context(places.taking("default"))
+        with pytest.raises(Overloaded) as full:
+            held.enter_context(places.taking("default"))
+        assert full.value.code == "uploads_full"
+    assert places.taken == 0
+
+    async def at_once() -> int:
+        lines, most, gate = Lines(4, 2, shared=False), 0, asyncio.Event()
+
+        async def work() -> None:
+            nonlocal most
+            async with lines.turn("default"):
+                most += 1
+                await gate.wait()
+
+        tasks = [asyncio.create_task(work()) for _ in range(9)]
+        await asyncio.sleep(0.01)
+        begun = most
+        gate.set()
+        await asyncio.gather(*tasks)
+        return begun
+
+    assert asyncio.run(at_once()) == 4
+
+
 @given(st.integers(1, 20), st.lists(st.tuples(st.sampled_from("abcdef"), st.booleans())))
 def test_any_history_stays_within_the_places(most: int, history: list[tuple[str, bool]]) -> None:
-    places, held, counts = Places(most), {}, Counter[str]()
+    places, held, counts = Places(most, shared=True), {}, Counter[str]()
     for number, (tenant, comes) in enumerate(history):
         if not comes:
             mine = next((one for one in held if held[one][0] == tenant), None)
@@ -68,7 +97,7 @@ def test_any_history_stays_within_the_places(most: int, history: list[tuple[str,
 
 def test_one_who_sends_much_is_waited_for_no_longer_than_one_who_sends_little() -> None:
     async def order() -> list[str]:
-        lines, done = Lines(2, 1), []
+        lines, done = Lines(2, 1, shared=True), []
         gate = asyncio.Event()
 
         async def work(tenant: str) -> None:
@@ -92,7 +121,7 @@ def test_one_who_sends_much_is_waited_for_no_longer_than_one_who_sends_little() 
 
 def test_a_tenant_that_fills_its_part_leaves_room_and_its_faults_are_its_own() -> None:
     async def both() -> tuple[str, list[BaseException | str]]:
-        lines, go = Lines(4, 2), threading.Event()
+        lines, go = Lines(4, 2, shared=True), threading.Event()
 
         def slow() -> str:
             assert go.wait(20)
