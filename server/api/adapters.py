@@ -91,7 +91,8 @@ async def put_adapter(
     with _place(caller.tenant, state):
         async with filled as staging:
             draft = await state.checks.run(tenant, partial(check, staging))
-            result = await state.changes.run(tenant, partial(take, staging, draft))
+            copies = partial(state.registry.laned, name, tenant)
+            result = await state.changes.run(tenant, name, partial(take, staging, draft), copies=copies)
     return _with_etag(result.version, 201 if result.created else 200)
 
 
@@ -121,8 +122,10 @@ async def list_versions(name: str, caller: Caller, state: OneState) -> dict[str,
 @router.post("/{name}/rollback", response_model=AdapterInfo)
 async def roll_back(name: str, body: Rollback, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Makes an earlier version current again, under its own number."""
-    back = partial(state.registry.rollback, name, body.version, if_match=if_match, tenant=caller.tenant.id)
-    version = await state.changes.run(caller.tenant.id, back)
+    tenant = caller.tenant.id
+    back = partial(state.registry.rollback, name, body.version, if_match=if_match, tenant=tenant)
+    copies = partial(state.registry.laned, name, tenant)
+    version = await state.changes.run(tenant, name, back, copies=copies)
     return _with_etag(version, 200)
 
 
@@ -136,13 +139,14 @@ async def patch_adapter(
     wanted["if_match"] = if_match
     merged = None if body.lane is None else body.lane == "merged"
     change = partial(state.registry.change, name, merged=merged, **wanted)
-    return status_of(state, caller.tenant.id, await state.changes.run(caller.tenant.id, change))
+    found = await state.changes.run(caller.tenant.id, name, change, copies=lambda: merged is True)
+    return status_of(state, caller.tenant.id, found)
 
 
 @router.delete("/{name}", status_code=204)
 async def delete_adapter(name: str, caller: Caller, state: OneState, if_match: IfMatch = None) -> Response:
     """Removes an adapter. Requests in flight finish on the version that they began with."""
-    return await removed(state, caller, name, caller.tenant.id, if_match)
+    return await removed(state, name, caller.tenant.id, if_match)
 
 
 def _least_bytes(request: Request) -> int:
@@ -269,10 +273,10 @@ def _with_etag(version: AdapterVersion, status: int) -> JSONResponse:
     return JSONResponse(_plain(version), status_code=status, headers={"ETag": f'"{version.digest}"'})
 
 
-async def removed(state: State, caller: Principal, name: str, tenant: str, if_match: str | None) -> Response:
-    """A tenant's adapter, deleted; it is `caller` who waits in line for that. Raises as `Registry.delete`."""
+async def removed(state: State, name: str, tenant: str, if_match: str | None) -> Response:
+    """A tenant's adapter, deleted. Raises as `Registry.delete`."""
     delete = partial(state.registry.delete, name, if_match=if_match, tenant=tenant)
-    last = await state.changes.run(caller.tenant.id, delete)
+    last = await state.changes.run(tenant, name, delete, copies=lambda: False)
     state.activity.pop((tenant, name), None)
     state.cache.drop(last.key)
     return Response(status_code=204)

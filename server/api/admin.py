@@ -147,7 +147,8 @@ async def revive_events(caller: Caller, state: OneState) -> dict[str, int]:
 
 async def _without_lanes(state: State, caller: Principal, tenant: str) -> None:
     """Returns when none of the tenant's adapters has a merged lane."""
-    await state.changes.run(caller.tenant.id, partial(state.registry.leave_lanes, tenant))
+    leave = partial(state.registry.leave_lanes, tenant)
+    await state.changes.run(tenant, "", leave, copies=lambda: False)  # of all names, in the tenant's own line
 
 
 def _shown(state: State, tenant: Tenant) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator
 from typing import TypeVar
 
 import anyio
@@ -54,15 +54,15 @@ class Places:
 class Lines:
     """Work for threads, `most` pieces at once and, with `shared`, at most `each` of one tenant; the others wait. Used
     from one event loop. A tenant's own line comes before the common one, in which it has at most `each`: however many
-    it sends, another waits behind no more than that."""
+    it sends, another waits behind no more than that. Instead of a tenant it may be anything that work is of."""
 
-    def __init__(self, most: int, each: int, *, shared: bool):
+    def __init__(self, most: float, each: float, *, shared: bool):
         self._all, self._each = anyio.CapacityLimiter(most), each if shared else most
-        self._own: dict[str, anyio.CapacityLimiter] = {}  # of tenants that have work or wait
-        self._users: Counter[str] = Counter()
+        self._own: dict[Hashable, anyio.CapacityLimiter] = {}  # of tenants that have work or wait
+        self._users: Counter[Hashable] = Counter()
 
     @contextlib.asynccontextmanager
-    async def turn(self, tenant: str) -> AsyncIterator[None]:
+    async def turn(self, tenant: Hashable) -> AsyncIterator[None]:
         """One of the tenant's pieces is worked on during the block; waits until it may be."""
         own = self._own.setdefault(tenant, anyio.CapacityLimiter(self._each))
         self._users[tenant] += 1
@@ -74,7 +74,7 @@ class Lines:
             if not self._users[tenant]:
                 del self._users[tenant], self._own[tenant]
 
-    async def run(self, tenant: str, call: Callable[[], T]) -> T:
+    async def run(self, tenant: Hashable, call: Callable[[], T]) -> T:
         """`call()`, on a thread that is not one of those that everything else shares."""
         async with self.turn(tenant):
             return await anyio.to_thread.run_sync(call, limiter=anyio.CapacityLimiter(1))

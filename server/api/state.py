@@ -10,6 +10,7 @@ from functools import cached_property
 import anyio
 from fastapi import Request
 
+from server.api.changes import Changes
 from server.api.parts import Lines, Places
 from server.api.reads import Reads
 from server.api.render import TokenNames
@@ -27,8 +28,6 @@ from server.settings import Settings
 from server.tenants.accounts import Accounts
 
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
-# Changes of names, each of which may wait for the one thread that makes copies, for the disk, or for the one before.
-CHANGES_AT_ONCE, CHANGES_OF_ONE = 32, 8  # in all, and of one tenant
 PAGES_AT_ONCE = 4  # of usage: a large one takes tens of megabytes while it is made
 UPLOADS_AT_ONCE = 16  # each may fill the temporary directory and `staging/` with the largest upload
 
@@ -46,8 +45,8 @@ class Activity:
 class State:
     """Everything an endpoint may reach. `accounts` are there while the server runs; `traces` is where they go, if
     anywhere; `activity` is by (owner, name); `reads` has the turns at long prompts; `uploads` bounds how many uploads
-    are under way, `fetches` the threads that fetch some of them, `checks` how many are checked, `changes` how many
-    calls change a name, `pages` how many pages of usage are made. `responses` and `fairness` are for the metrics.
+    are under way, `fetches` the threads that fetch some of them, `checks` how many are checked, `changes` the calls
+    that change a name, `pages` how many pages of usage are made. `responses` and `fairness` are for the metrics.
     """
 
     settings: Settings
@@ -64,7 +63,7 @@ class State:
     responses: Responses = field(default_factory=Counter)
     fairness: Fairness = field(default_factory=Fairness)
     checks: Lines = field(init=False)
-    changes: Lines = field(init=False)
+    changes: Changes = field(init=False)
     pages: Lines = field(init=False)
     uploads: Places = field(init=False)
     fetches: anyio.CapacityLimiter = field(default_factory=lambda: anyio.CapacityLimiter(UPLOADS_AT_ONCE))
@@ -73,7 +72,7 @@ class State:
         shared = self.settings.auth == "on"  # else all is one tenant's
         self.reads = Reads(self.settings.max_queue_requests, shared=shared)
         self.checks = Lines(CHECKS_AT_ONCE, CHECKS_AT_ONCE // 2, shared=shared)
-        self.changes = Lines(CHANGES_AT_ONCE, CHANGES_OF_ONE, shared=shared)
+        self.changes = Changes(shared=shared)
         self.pages = Lines(PAGES_AT_ONCE, PAGES_AT_ONCE // 2, shared=shared)
         self.uploads = Places(UPLOADS_AT_ONCE, shared=shared)
 

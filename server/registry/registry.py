@@ -125,6 +125,11 @@ class Registry:
         key = key_of(tenant, name)
         return self._names.get(key) is not None or key in self._catalogue.damaged
 
+    def laned(self, name: str, tenant: str = DEFAULT_TENANT) -> bool:
+        """Whether the tenant wants a lane of its own for it: another version of it waits for a merged copy."""
+        record = self._names.get(key_of(tenant, name))
+        return record is not None and record.merged
+
     def find(self, name: str, tenant: str = DEFAULT_TENANT) -> Named:
         """What the name means to the tenant. Raises `AdapterNotFound`."""
         return _named(*self._names.find(key_of(tenant, name)))

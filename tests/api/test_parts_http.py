@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import threading
 from collections.abc import Iterator
@@ -11,10 +12,13 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from server.api.changes import AT_ONCE, OF_ONE
 from server.tenants.keys import Scope
 from server.tenants.tenant import Limits
 from tests.families import adapter_bytes
 from tests.serving import Gate, Server, refused, until
+
+TENANTS = ("ann", "bob", "cyd", "dan", "eve")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def served(base, tmp_path_factory) -> Iterator[tuple[Server, dict[str, httpx.Cli
             _, token = await directory.create_key(tenant, [Scope.GENERATE, Scope.ADAPTERS_WRITE])
             return httpx.Client(base_url=server.url, timeout=60, headers={"Authorization": f"Bearer {token}"})
 
-        made = {one: asyncio.run_coroutine_threadsafe(client(one), loop).result(20) for one in ("ann", "bob")}
+        made = {one: asyncio.run_coroutine_threadsafe(client(one), loop).result(20) for one in TENANTS}
         yield server, {tenant: open_.enter_context(client) for tenant, client in made.items()}
 
 
@@ -78,7 +82,7 @@ def test_copies_that_take_long_hold_up_nobody_else(served, adapters, monkeypatch
         until(lambda: gate.entered)
         for thread in threads[1:]:
             thread.start()
-        until(lambda: server.state.changes._users["ann"] >= 60)
+        until(lambda: server.state.changes._names._users["ann", "laned"] >= 60)
         for name in ("laned", "more"):
             assert put(bob, name, adapters[0]).status_code == 201
             assert put(bob, name, adapters[1]).status_code == 200
@@ -92,4 +96,39 @@ def test_copies_that_take_long_hold_up_nobody_else(served, adapters, monkeypatch
     assert not any(thread.is_alive() for thread in threads)
     ann.delete("/adapters/laned")
     server.idle()
-    assert not server.state.changes._users
+    assert not server.state.changes._names._users
+
+
+def test_several_tenants_that_merge_all_they_have_hold_up_nobody(served, adapters, monkeypatch):
+    """As many as have all places for changes between them, had merging one."""
+    server, clients = served
+    bob, names = clients["bob"], [f"m{number}" for number in range(OF_ONE)]
+    crowd = [client for tenant, client in clients.items() if tenant != "bob"]
+    assert len(crowd) * OF_ONE >= AT_ONCE
+    for client, name in itertools.product(crowd, names):
+        assert put(client, name, adapters[0]).status_code == 201
+    gate, answers = Gate(server.runner.merge), list[int]()
+    monkeypatch.setattr(server.runner, "merge", gate)
+
+    def merge(client: httpx.Client, name: str) -> None:
+        answers.append(client.patch(f"/adapters/{name}", json={"lane": "merged"}).status_code)
+
+    threads = [threading.Thread(target=merge, args=one) for one in itertools.product(crowd, names)]
+    try:
+        for thread in threads:
+            thread.start()
+        until(lambda: gate.entered and len(server.state.changes._names._users) == len(threads))
+        assert put(bob, "quick", adapters[0]).status_code == 201
+        assert put(bob, "quick", adapters[1]).status_code == 200
+        assert bob.post("/adapters/quick/rollback", json={"version": 1}).status_code == 200
+        assert bob.patch("/adapters/quick", json={"public": True}).json()["public"] is True
+        assert bob.delete("/adapters/quick").status_code == 204
+        assert not answers
+    finally:
+        gate.open()
+        for thread in threads:
+            thread.join(60)
+    assert answers == [200] * len(threads)
+    for client, name in itertools.product(crowd, names):
+        assert client.delete(f"/adapters/{name}").status_code == 204
+    until(lambda: server.engine._merged.nbytes == 0)

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter
+from functools import partial
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.api.changes import AT_ONCE, Changes
 from server.api.parts import Lines, Places
 from server.errors import OnebaseError, Overloaded, RateLimited
 
@@ -140,3 +142,32 @@ def test_a_tenant_that_fills_its_part_leaves_room_and_its_faults_are_its_own() -
     other, told = asyncio.run(both())
     assert other == "done"
     assert [type(one) for one in told] == [OverflowError] * 8 + [asyncio.CancelledError]
+
+
+def test_changes_that_wait_for_copies_hold_up_no_plain_ones_and_have_turns_by_tenant() -> None:
+    tenants, each = "abcd", AT_ONCE // 2  # twice what there are places for plain changes
+
+    async def order() -> list[str]:
+        changes, go, done = Changes(shared=True), threading.Event(), list[str]()
+
+        def build(tenant: str) -> None:
+            assert go.wait(20)
+            done.append(tenant)
+
+        names = [(tenant, f"{tenant}{number}") for tenant in tenants for number in range(each)]
+        waiting = [changes.run(*name, partial(build, name[0]), copies=lambda: True) for name in names]
+        waiting += [changes.run(*name, lambda: None, copies=lambda: False) for name in names]  # of the same names
+        tasks = [asyncio.create_task(one) for one in waiting]
+        await asyncio.sleep(0.01)
+        plain = changes.run("e", "other", lambda: "at once", copies=lambda: False)
+        assert await asyncio.wait_for(plain, 20) == "at once"
+        tasks.append(asyncio.create_task(changes.run("e", "own", partial(build, "e"), copies=lambda: True)))
+        await asyncio.sleep(0.01)
+        go.set()
+        await asyncio.gather(*tasks)
+        assert not changes._names._own
+        return done
+
+    done = asyncio.run(order())
+    assert len(done) == len(tenants) * each + 1
+    assert done.index("e") == len(tenants), "after one of each"
