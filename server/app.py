@@ -243,10 +243,11 @@ def adapter_room(settings: Settings, base: Base) -> int:
 
 
 def preload(state: State, folder: Path) -> list[str]:
-    """Registers every adapter directory under `folder` whose name is not taken yet, and publishes it: the operator has
-    it there for all tenants. Returns the new names. What is registered already stays as it is, private or not.
+    """Registers every adapter directory under `folder` whose name is not taken yet, published from the first: the
+    operator has it there for all tenants. Returns the new names. What is registered already stays as it is, private or
+    not.
 
-    One that does not fit this base is left out with a warning.
+    One that does not fit this base, or whose name another tenant has published, is left out with a warning.
     """
     added = []
     if not folder.is_dir():
@@ -259,13 +260,9 @@ def preload(state: State, folder: Path) -> list[str]:
                     continue
                 shutil.copyfile(config, staging.config_path)
                 shutil.copyfile(config.parent / "adapter_model.safetensors", staging.weights_path)
-                state.registry.put(name, staging)
+                state.registry.put(name, staging, public=True)
             except (OnebaseError, OSError) as fault:
                 log.warning("adapter %s is not served: %s", name, fault)
                 continue
         added.append(name)
-        try:
-            state.registry.change(name, public=True)
-        except OnebaseError as fault:
-            log.warning("adapter %s is not published: %s", name, fault)
     return added

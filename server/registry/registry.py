@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -63,18 +64,21 @@ class Registry:
         if_none_match: str | None = None,
         allow_zero: bool = False,
         quota: Quota = _NO_QUOTA,
+        public: bool = False,
         tenant: str = DEFAULT_TENANT,
     ) -> PutResult:
-        """Check the staged adapter and make it the current version of `name`.
+        """Check the staged adapter and make it the current version of `name`. A new name is `public` from its first
+        record on.
 
         Raises `InvalidAdapter`, `PreconditionFailed`, `Conflict` (more adapters or bytes than the quota or the server
-        allows), `InvalidRequest` (the name) or `StorageFailure`; the version before then still stands. The current
-        bytes again change nothing.
+        allows, or published by another tenant), `InvalidRequest` (the name) or `StorageFailure`; the version before
+        then still stands. The current bytes again change nothing.
         """
         draft = self.check(
             name, staging, if_match=if_match, if_none_match=if_none_match, allow_zero=allow_zero, tenant=tenant
         )
-        return self.take(staging, draft, if_match=if_match, if_none_match=if_none_match, quota=quota, tenant=tenant)
+        more: dict[str, Any] = {"quota": quota, "public": public, "tenant": tenant}
+        return self.take(staging, draft, if_match=if_match, if_none_match=if_none_match, **more)
 
     def check(
         self,
@@ -98,6 +102,7 @@ class Registry:
         if_match: str | None = None,
         if_none_match: str | None = None,
         quota: Quota = _NO_QUOTA,
+        public: bool = False,
         tenant: str = DEFAULT_TENANT,
     ) -> PutResult:
         """The second half, of what `check` gave for `staging`: waits for the disk, for who else changes the name, and
@@ -110,8 +115,9 @@ class Registry:
                 check_preconditions(digest_of(before), if_match, if_none_match)
                 if before is not None and self._same(before.now, draft):
                     return PutResult(before.now, created=False, changed=False)
-                after = self._with(before, draft)
-                with self._catalogue.room(key, after, quota):
+                after = self._with(before, draft, public)
+                claimed = self._catalogue.claim(key) if public and before is None else nullcontext()
+                with self._catalogue.room(key, after, quota), claimed:
                     self._take_over(key, after)
                 return PutResult(after.now, created=before is None, changed=True)
 
@@ -285,10 +291,10 @@ class Registry:
     def _same(current: AdapterVersion, draft: AdapterVersion) -> bool:
         return (current.digest, current.base_digest) == (draft.digest, draft.base_digest)
 
-    def _with(self, before: Record | None, draft: AdapterVersion) -> Record:
+    def _with(self, before: Record | None, draft: AdapterVersion, public: bool) -> Record:
         """The record with a new version, without the oldest ones over the limit; the new one stays."""
         if before is None:
-            return Record(1, 2, (replace(draft, version=1),))
+            return Record(1, 2, (replace(draft, version=1),), public=public)
         versions = (*before.versions, replace(draft, version=before.next))
         return replace(before, current=before.next, next=before.next + 1, versions=versions[-self._max_versions :])
 

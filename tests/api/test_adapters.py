@@ -12,6 +12,7 @@ import httpx
 import pytest
 from safetensors.torch import load_file, save
 
+from server.registry.store import Store
 from tests.adapters import container, entries_of
 from tests.families import adapter_bytes, config_of
 from tests.serving import Server, refused, until
@@ -515,6 +516,28 @@ def test_a_directory_of_adapters_is_registered_at_the_start(base, adapters, tmp_
     with Server(base, tmp_path / "other", preload=tmp_path / "nothing") as server:
         assert server.http.get("/adapters").json()["data"] == []
     assert "there is no directory" in caplog.text
+
+
+def test_a_crash_while_adapters_are_registered_leaves_none_private(base, adapters, tmp_path, monkeypatch):
+    folder = tmp_path / "shipped"
+    for name in ("one", "two"):
+        shutil.copytree(adapters[0], folder / name)
+    write = Store.write_name
+
+    class Crash(BaseException):
+        pass
+
+    def crash(store, *record):
+        write(store, *record)
+        raise Crash
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Store, "write_name", crash)
+        with pytest.raises(Crash):
+            Server(base, tmp_path / "data", preload=folder)
+    with Server(base, tmp_path / "data", preload=folder) as server:
+        listed = server.http.get("/adapters").json()["data"]
+        assert [(one["name"], one["public"]) for one in listed] == [("one", True), ("two", True)]
 
 
 def test_sources_are_refused_by_default(base, adapters, tmp_path):

@@ -60,6 +60,33 @@ def test_put_replace_repeat_and_restart(make):
     assert restarted.load(third.version.digest).rank == 4
 
 
+def test_a_name_that_is_put_as_public_is_so_in_its_first_record(make, monkeypatch):
+    """A crash between two records would leave it private for ever."""
+    registry, written = make(), []
+    write = Store.write_name
+
+    def noting(store, tenant, name, record):
+        written.append((name, record["public"]))
+        write(store, tenant, name, record)
+
+    monkeypatch.setattr(Store, "write_name", noting)
+    put(registry, "a", 1, public=True)
+    assert written == [("a", True)]
+    assert registry.find("a", "other").public
+    assert make().find("a", "other").public
+    registry = make()
+    registry.change("a", public=False)
+    put(registry, "a", 2, public=True)
+    assert not registry.find("a").public, "what its owner has said since holds"
+    put(registry, "b", 1, public=True, tenant="other")
+    with pytest.raises(Conflict) as taken:
+        put(registry, "b", 1, public=True)
+    assert taken.value.code == "name_published"
+    assert not registry.taken("b"), "it is left out, and tried again at the next start"
+    registry.delete("b", tenant="other")
+    assert put(registry, "b", 1, public=True).created
+
+
 def test_a_refused_upload_changes_nothing(make):
     registry = make()
     before = put(registry, "a", 1).version
