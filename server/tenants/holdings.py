@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +12,13 @@ from typing import Any, Literal
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from server.errors import TenantNotFound
 from server.tenants.database import Database
 from server.tenants.money import half_up
 from server.tenants.prices import PriceBook
 from server.tenants.tables import holdings
 
+log = logging.getLogger("onebase.tenants")
 Kind = Literal["storage", "merged"]
 KINDS: tuple[Kind, ...] = ("storage", "merged")
 GB = 10**9
@@ -63,7 +66,8 @@ class Holdings:
 
     What `sample` is told is held until it is told otherwise, so it is called on every change and, say, once a minute.
     Time when no server runs is on nobody's bill, and neither is what was held after the last sample before a crash.
-    `book_of` is asked for a tenant's prices when a day's line begins; a later book holds from the next day on.
+    `book_of` is asked for a tenant's prices when a day's line begins; a later book holds from the next day on. Where it
+    raises TenantNotFound, that line is left out and logged.
     """
 
     def __init__(self, database: Database, book_of: Callable[[str], PriceBook]):
@@ -113,31 +117,41 @@ class Holdings:
         rows = []
         for piece in pieces:
             held = piece.held
-            line = there.get((held.tenant, held.adapter, held.kind, piece.day))
-            if line is None:
-                book = self._book_of(held.tenant)
-                counted, begin, price, version = 0, piece.begin, price_of(book, held.kind), book.version
-            else:
-                counted, begin = line.byte_seconds, max(piece.begin, line.through_s)
-                price, version = line.price, line.price_version
-            counted += held.bytes * max(0, piece.end - begin)
-            rows.append(
-                {
-                    "tenant": held.tenant,
-                    "adapter": held.adapter,
-                    "kind": held.kind,
-                    "day": piece.day,
-                    "byte_seconds": counted,
-                    "through_s": max(begin, piece.end),
-                    "price_version": version,
-                    "price": price,
-                    "cost": cost(held.kind, counted, price),
-                }
-            )
+            try:
+                rows.append(self._row(piece, there.get((held.tenant, held.adapter, held.kind, piece.day))))
+            except TenantNotFound:  # gone from the database since; the others' bills go on
+                log.warning(
+                    "what tenant %s held as %s is on no bill: the database does not know it", held.tenant, held.adapter
+                )
+        if not rows:
+            return
         new = self._database.insert(holdings)
         changed = {name: new.excluded[name] for name in ("byte_seconds", "through_s", "cost")}
         keys = list(holdings.primary_key)
         await connection.execute(new.on_conflict_do_update(index_elements=keys, set_=changed), rows)
+
+    def _row(self, piece: _Piece, line: Any) -> dict[str, Any]:
+        """The day's `line` (None: it begins) with the piece added. Raises TenantNotFound where it begins and the tenant
+        has no prices."""
+        held = piece.held
+        if line is None:
+            book = self._book_of(held.tenant)
+            counted, begin, price, version = 0, piece.begin, price_of(book, held.kind), book.version
+        else:
+            counted, begin = line.byte_seconds, max(piece.begin, line.through_s)
+            price, version = line.price, line.price_version
+        counted += held.bytes * max(0, piece.end - begin)
+        return {
+            "tenant": held.tenant,
+            "adapter": held.adapter,
+            "kind": held.kind,
+            "day": piece.day,
+            "byte_seconds": counted,
+            "through_s": max(begin, piece.end),
+            "price_version": version,
+            "price": price,
+            "cost": cost(held.kind, counted, price),
+        }
 
 
 def _together(held: Iterable[Held]) -> dict[_Key, int]:

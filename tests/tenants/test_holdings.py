@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, select
 
+from server.errors import TenantNotFound
 from server.tenants.database import Database
 from server.tenants.holdings import DAY, GB, Held, Holdings, cost, price_of
 from server.tenants.prices import DEFAULT_BOOK, PriceBook
@@ -141,6 +142,33 @@ async def test_a_new_price_holds_from_the_next_day_on(database: Database) -> Non
     await held.sample(MIDNIGHT + DAY + 10, [])
     lines = await _lines(database)
     assert [(row.price_version, row.price) for row in lines.values()] == [(1, DEFAULT_BOOK.adapter_gb_day), (2, 7)]
+
+
+async def test_a_tenant_that_is_gone_stops_nobody_elses_bill(
+    database: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A line that was begun goes on at its price; another day's is left out, once."""
+    gone: set[str] = set()
+
+    def book_of(tenant: str) -> PriceBook:
+        if tenant in gone:
+            raise TenantNotFound("there is no tenant of that name")
+        return DEFAULT_BOOK
+
+    held, other = Holdings(database, book_of), Held("nobody", "lost", "storage", 1000)
+    await held.sample(MIDNIGHT, [MAIL, other])
+    await held.sample(MIDNIGHT + 10, [MAIL, other])
+    gone.add("nobody")
+    await held.sample(MIDNIGHT + DAY + 5, [MAIL])
+    assert caplog.text.count("tenant nobody held as lost is on no bill") == 1
+    await held.sample(MIDNIGHT + DAY + 9, [MAIL])
+    assert caplog.text.count("is on no bill") == 1
+    counted = {(adapter, day): row.byte_seconds for (adapter, _, day), row in (await _lines(database)).items()}
+    assert counted == {("mail", 20_000): DAY * 1000, ("mail", 20_001): 9 * 1000, ("lost", 20_000): DAY * 1000}
+    alone = Holdings(database, book_of)
+    await alone.sample(MIDNIGHT + 2 * DAY, [other])
+    await alone.sample(MIDNIGHT + 2 * DAY + 5, [])
+    assert len(await _lines(database)) == len(counted)
 
 
 STEP = st.tuples(st.integers(0, DAY), st.dictionaries(st.sampled_from(["a", "b"]), st.integers(0, 10**9)))
