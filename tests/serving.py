@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import signal
 import socket
 import threading
@@ -16,6 +17,8 @@ import httpx
 import uvicorn
 
 from server.app import create_app
+from server.core import AdapterRef
+from server.engine.messages import Unmerge
 from server.run import DrainingServer
 from server.settings import Settings
 from tests.databases import of_server
@@ -131,6 +134,22 @@ class Gate:
 
     def close(self) -> None:
         self._open.clear()
+
+
+def on_the_engine(server: Any, act: Callable[[], Any]) -> Any:
+    """What `act` gives, done by the engine's thread, which alone may touch the merged copies."""
+    given: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    handle = server.engine._merged.handle
+
+    def first(message: Any) -> None:
+        made = act()
+        server.engine._merged.handle = handle
+        handle(message)
+        given.put(made)
+
+    server.engine._merged.handle = first
+    server.engine.change_lane(Unmerge("none", AdapterRef("nobody", 1, "none")))
+    return given.get(timeout=10)
 
 
 def refused(response: httpx.Response, status: int, param: str | None = ...) -> dict[str, Any]:  # type: ignore[assignment]

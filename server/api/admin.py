@@ -61,7 +61,7 @@ async def change_tenant(
     before = accounts.directory.disabled(tenant)
     changed = await accounts.update(tenant, lambda before: body.changes(before, accounts.book))
     if changed.disabled:
-        await _without_lanes(state, caller, tenant)
+        await _without_lanes(state, tenant)
     elif before:
         after.add_task(restore, state.registry, tenant)
     return _shown(state, changed)
@@ -73,7 +73,7 @@ async def disable_tenant(tenant: TenantName, caller: Caller, state: OneState) ->
     that run are finished."""
     _not_oneself(caller, tenant)
     disabled = await state.accounts.directory.disable(tenant)
-    await _without_lanes(state, caller, tenant)
+    await _without_lanes(state, tenant)
     return _shown(state, disabled)
 
 
@@ -92,7 +92,7 @@ async def delete_tenants_adapter(
     tenant: TenantName, name: KeyName, caller: Caller, state: OneState, if_match: IfMatch = None
 ) -> Response:
     """Removes a tenant's adapter, whether it is enabled or not. Requests in flight finish on it."""
-    return await removed(state, caller, name, state.accounts.directory.show(tenant).id, if_match)
+    return await removed(state, name, state.accounts.directory.show(tenant).id, if_match)
 
 
 @router.post("/tenants/{tenant}/keys", status_code=201, response_model=KeyMade)
@@ -145,7 +145,7 @@ async def revive_events(caller: Caller, state: OneState) -> dict[str, int]:
     return {"revived": await deliverer.revive()}
 
 
-async def _without_lanes(state: State, caller: Principal, tenant: str) -> None:
+async def _without_lanes(state: State, tenant: str) -> None:
     """Returns when none of the tenant's adapters has a merged lane."""
     leave = partial(state.registry.leave_lanes, tenant)
     await state.changes.run(tenant, "", leave, copies=lambda: False)  # of all names, in the tenant's own line

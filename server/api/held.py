@@ -11,7 +11,6 @@ from typing import Self
 
 from server.api.state import State
 from server.core import AdapterRef
-from server.engine.stats import CopyFigures
 from server.errors import TenantNotFound
 from server.registry.records import Key, Record
 from server.tenants.holdings import Held
@@ -20,12 +19,13 @@ log = logging.getLogger("onebase.api")
 LOOK_SECONDS = 1.0  # after which a change is seen; the bill counts in whole seconds
 SAMPLE_SECONDS = 60.0  # after which is written down what has not changed
 SPARING = 20  # a look and what follows from it take at most one part in so many of the time
-Seen = tuple[Mapping[Key, Record], Mapping[AdapterRef, CopyFigures]]
+Seen = tuple[Mapping[Key, Record], Mapping[AdapterRef, int]]
 
 
 class Sampler:
     """Looks at the registry and at the engine's figures while it is entered, and writes down what is held at every
-    change, once a minute, and at the end."""
+    change, once a minute, and at the end. What comes and goes between two looks is on no bill, and what lasts longer is
+    at each end off by at most one look."""
 
     def __init__(self, state: State):
         self._state = state
@@ -67,19 +67,18 @@ class Sampler:
 
     def _looked(self, whole: bool) -> tuple[Seen, list[Held] | None]:
         """What is there now, and what that makes held; None where nothing has changed. Not on the event loop."""
-        seen = self._state.registry.snapshot(), self._state.client.stats.copies
+        seen = self._state.registry.snapshot(), self._state.client.stats.asked_bytes
         return seen, list(self._held(seen)) if whole or seen != self._seen else None
 
     def _held(self, seen: Seen) -> Iterator[Held]:
-        """Automatic copies are nobody's bill, and neither is what belongs to a tenant that this database does not
-        know."""
+        """What belongs to a tenant that this database does not know is nobody's bill."""
         records, copies = seen
         for (tenant, name), record in records.items():
             if self._known(tenant):
                 yield Held(tenant, name, "storage", record.bytes)
-        for adapter, copy in copies.items():
-            if not copy.automatic and self._known(adapter.tenant):
-                yield Held(adapter.tenant, adapter.name, "merged", copy.nbytes)
+        for adapter, nbytes in copies.items():
+            if self._known(adapter.tenant):
+                yield Held(adapter.tenant, adapter.name, "merged", nbytes)
 
     def _known(self, tenant: str) -> bool:
         try:

@@ -25,9 +25,9 @@ def name_of(adapter: AdapterRef) -> Name:
 
 @dataclass(eq=False)
 class Held:
-    """One copy, made (`copy`) or on its way. `nbytes` counts from the moment that room was made for it; `counted` is up
-    to when its byte-seconds are. Nobody asked for an `automatic` one. `part` is what all copies that its tenant asked
-    for may take, None for no bound."""
+    """One copy, made (`copy`) or on its way. `nbytes` is its room, from the moment that this was made for it; its
+    byte-seconds are of the time when it is there, and `counted` is up to when they are added up. Nobody asked for an
+    `automatic` one. `part` is what all copies that its tenant asked for may take, None for no bound."""
 
     adapter: AdapterRef
     lane: str

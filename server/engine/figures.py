@@ -30,4 +30,5 @@ class Figures(Stats):
         if merged or self.copies or self.merged_bytes:
             merged.count()
             self.copies, self.merged_bytes = merged.figures(), merged.nbytes
+            self.asked_bytes = merged.asked()
             self.merged_byte_seconds, self.lane_changes = merged.byte_seconds, dict(merged.changes)

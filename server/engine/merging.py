@@ -50,7 +50,7 @@ class MergedCopies:
         self._freed, self.most, self._now = freed, most, now
         self._active: dict[AdapterRef, Held] = {}  # made or on their way
         self._leaving: list[Held] = []  # given up, and still in use
-        self.byte_seconds = 0.0  # of copies that were asked for
+        self.byte_seconds = 0.0  # of what `asked` tells
         # By name: why it is in the shared lane though it asked for one of its own. Replaced at every change.
         self.notes: dict[Name, str] = {}
         self.changes: Counter[tuple[str, str]] = Counter()  # ("merge" | "unmerge", reason)
@@ -71,6 +71,15 @@ class MergedCopies:
             for held in self._active.values()
             if held.copy is not None
         }
+
+    def asked(self) -> dict[AdapterRef, int]:
+        """Bytes by adapter, as they are on the bill: the copies that were asked for, from when they are made until the
+        last request that runs on them has ended."""
+        found: Counter[AdapterRef] = Counter()
+        for held in self._all():
+            if _billed(held):
+                found[held.adapter] += held.nbytes
+        return dict(found)
 
     def count(self) -> None:
         """Brings `byte_seconds` up to now."""
@@ -165,7 +174,7 @@ class MergedCopies:
         elif (fault := self._make_room(held, message.nbytes)) is not None:
             self._fail(held, fault)
         else:
-            held.nbytes, held.counted = message.nbytes, self._now()
+            held.nbytes = message.nbytes
             self._thread.build(held.lane, cast(AdapterWeights, message.weights))
 
     def built(self, message: Built) -> None:
@@ -180,7 +189,7 @@ class MergedCopies:
             self._fail(held, message.fault)
         else:
             assert isinstance(message.copy, MergedCopy)
-            held.copy, held.used = message.copy, next(self._numbers)
+            held.copy, held.used, held.counted = message.copy, next(self._numbers), self._now()
             self.changes["merge", held.reason] += 1
             self._forget(held.adapter)
             log.info("%s version %d has a lane of its own", held.adapter.name, held.adapter.version)
@@ -249,7 +258,7 @@ class MergedCopies:
         self._freed(held.lane)
 
     def _count(self, held: Held, now: float) -> None:
-        if held.nbytes and not held.automatic:
+        if _billed(held):
             self.byte_seconds += held.nbytes * (now - held.counted)
         held.counted = now
 
@@ -266,3 +275,7 @@ class MergedCopies:
         for asker in held.askers:
             self._answer(LaneChanged(asker, fault))
         held.askers.clear()
+
+
+def _billed(held: Held) -> bool:
+    return held.copy is not None and not held.automatic

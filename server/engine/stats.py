@@ -36,10 +36,10 @@ class Stats:
     took from RAM to the device, and `wanted` are the names of those that requests wait for. `prefix_queries` tokens of
     prompts were looked up in the prefix cache, `prefix_hits` found. `prefetches` counts those that have ended by what
     came of them: "used", "unused" or "failed". `copies` are the merged copies that take requests, `merged_bytes` what
-    all take, `merged_byte_seconds` bytes times seconds of those that were asked for; `lane_changes` counts them by
-    ("merge" or "unmerge", why). `lane_notes` say by (tenant, adapter) why one that asked for a lane of its own is in
-    the shared one. `shares` are the tenants with work and those that lately had some; who comes back after a while
-    counts from nothing again.
+    all take; `asked_bytes` is what those take by adapter that were asked for and are there, until their last requests
+    have ended, and `merged_byte_seconds` adds that up; `lane_changes` counts them by ("merge" or "unmerge", why).
+    `lane_notes` say by (tenant, adapter) why one that asked for a lane of its own is in the shared one. `shares` are
+    the tenants with work and those that lately had some; who comes back after a while counts from nothing again.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -73,6 +73,7 @@ class Stats:
     outcomes: dict[str, int] = field(default_factory=dict)
     copies: dict[AdapterRef, CopyFigures] = field(default_factory=dict)
     merged_bytes: int = 0
+    asked_bytes: dict[AdapterRef, int] = field(default_factory=dict)
     merged_byte_seconds: float = 0.0
     lane_changes: dict[tuple[str, str], int] = field(default_factory=dict)
     lane_notes: dict[tuple[str, str], str] = field(default_factory=dict)

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from server.api.held import Sampler
-from server.engine.stats import CopyFigures
 from server.registry.records import ref_of
 from server.tenants.holdings import Held
-from tests.serving import until
+from tests.serving import on_the_engine, until
 
 
 @pytest.fixture
@@ -44,19 +43,30 @@ def test_a_change_of_what_is_stored_is_told_within_seconds(server, samples, adap
     until(lambda: samples[-1][1] == stored(server, "a"))
 
 
-def test_only_what_was_asked_for_is_merged_on_the_bill(server, samples):
-    ref = ref_of(server.state.registry.get("a"), "default")
-    other = ref_of(server.state.registry.get("a"), "nobody")
-    stats = server.state.client.stats
-    sampler = Sampler(server.state)
+def test_only_what_was_asked_for_is_merged_on_the_bill(server, samples, adapters):
+    """Until its last request has ended: a copy takes its room also after its lane was given up."""
 
-    def look(copies: dict[Any, CopyFigures]) -> set[Held]:
-        return set(sampler._held(({}, copies)))
+    def merged() -> set[Held]:
+        return {one for one in samples[-1][1] if one.kind == "merged"} if samples else set()
 
-    assert not stats.copies
-    assert look({ref: CopyFigures(1000, pinned=False, automatic=True)}) == set()
-    assert look({ref: CopyFigures(1000, pinned=True, automatic=False)}) == {Held("default", "a", "merged", 1000)}
-    assert look({other: CopyFigures(1000, pinned=True, automatic=False)}) == set(), "no such tenant"
+    copies, ref = server.engine._merged, ref_of(server.state.registry.get("a"), "default")
+    assert server.http.patch("/adapters/a", json={"lane": "merged"}).status_code == 200
+    whole = Held("default", "a", "merged", copies.nbytes)
+    until(lambda: merged() == {whole})
+    held = on_the_engine(server, lambda: copies.acquire(ref))  # as a request does
+    assert server.http.patch("/adapters/a", json={"lane": "shared"}).json()["lane"] == "shared"
+    assert server.put("again", adapters[1]).status_code == 201  # so that there is another sample
+    until(lambda: any(one.adapter == "again" for one in samples[-1][1]))
+    assert merged() == {whole}
+    on_the_engine(server, lambda: copies.release(held))
+    until(lambda: merged() == set())
+    assert server.http.delete("/adapters/again").status_code == 204
+
+
+def test_what_belongs_to_nobody_is_on_no_bill(server):
+    ref, other = (ref_of(server.state.registry.get("a"), tenant) for tenant in ("default", "nobody"))
+    held = set(Sampler(server.state)._held(({}, {ref: 1000, other: 1000})))
+    assert held == {Held("default", "a", "merged", 1000)}
 
 
 def test_nothing_is_told_again_before_a_minute_is_over(server, samples, monkeypatch):

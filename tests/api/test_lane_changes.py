@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from server.cli import app
-from server.core import AdapterRef
-from server.engine.messages import Unmerge
-from tests.serving import Server, refused, until
+from tests.serving import Server, on_the_engine, refused, until
 
 
 def patch(server: Any, name: str, **body: Any) -> Any:
@@ -173,19 +170,3 @@ def registry_ref(server: Any, name: str) -> Any:
     lease = server.state.registry.acquire(name)
     lease.release()
     return lease.ref
-
-
-def on_the_engine(server: Any, act: Any) -> None:
-    """Done by the engine's thread, which alone may touch the copies."""
-    done = threading.Event()
-    handle = server.engine._merged.handle
-
-    def first(message: Any) -> None:
-        act()
-        server.engine._merged.handle = handle
-        handle(message)
-        done.set()
-
-    server.engine._merged.handle = first
-    server.engine.change_lane(Unmerge("none", AdapterRef("nobody", 1, "none")))
-    assert done.wait(10)

@@ -99,6 +99,49 @@ def test_a_copy_is_made_used_and_freed(desk: Desk) -> None:
     assert desk.copies.changes == {("merge", "asked"): 1, ("unmerge", "asked"): 1}
 
 
+def test_what_was_asked_for_is_on_the_bill_from_when_it_is_there_until_it_is_gone(desk: Desk) -> None:
+    """Also after it was given up, while somebody's requests run on it."""
+    time = [0.0]
+    desk.copies._now = lambda: time[0]
+    desk.copies.want(Merge("m", ref("a"), False))
+    desk.handle()
+    time[0] += 100
+    assert desk.copies.nbytes == SIZE, "its room is taken while it is made"
+    assert desk.copies.asked() == {}
+    desk.handle()
+    time[0] += 1
+    held = desk.copies.acquire(ref("a"))
+    assert held is not None
+    desk.copies.give_up(Unmerge("u", ref("a")))
+    assert desk.copies.figures() == {}
+    assert desk.copies.asked() == {ref("a"): SIZE}
+    time[0] += 2
+    desk.copies.want(Merge("m", ref("a"), False))
+    desk.handle()
+    desk.handle()
+    assert desk.copies.asked() == {ref("a"): 2 * SIZE}, "there are two of them"
+    time[0] += 3
+    desk.copies.release(held)
+    assert desk.copies.asked() == {ref("a"): SIZE}
+    desk.copies.give_up(Unmerge("u", ref("a")))
+    time[0] += 100
+    desk.copies.count()
+    assert desk.copies.asked() == {}
+    assert desk.copies.byte_seconds == (1 + 2 + 3 + 3) * SIZE
+
+
+def test_what_nobody_asked_for_is_not_on_the_bill_after_it_was_given_up_either(desk: Desk) -> None:
+    desk.copies.volunteer(ref("a"), "alone")
+    desk.handle()
+    desk.handle()
+    assert desk.copies.acquire(ref("a")) is not None
+    desk.copies.give_up(Unmerge("u", ref("a")))
+    desk.copies.count()
+    assert desk.copies
+    assert desk.copies.asked() == {}
+    assert not desk.copies.byte_seconds
+
+
 def test_asked_twice_it_is_made_once_and_both_are_told(desk: Desk) -> None:
     desk.copies.want(Merge("1", ref("a"), False))
     desk.copies.want(Merge("2", ref("a"), True))
