@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from typing import Any
 
 from server.api.state import State
@@ -43,24 +43,29 @@ class EngineLanes:
     async def _enter(self, adapter: AdapterRef, pinned: bool, keeps: bool) -> None:
         if self._state.accounts.directory.disabled(adapter.tenant):
             raise Conflict(f"the tenant {adapter.tenant} is disabled", code="tenant_disabled")
-        part = merged_part(self._state, adapter.tenant)
-        await self._client.merge(adapter, pinned=pinned, keeps=keeps, part=part)
+        others = {one.tenant for one in self._client.stats.asked_bytes}  # theirs may have changed since they asked
+        parts = merged_parts(self._state, {adapter.tenant} | others)
+        await self._client.merge(adapter, pinned=pinned, keeps=keeps, parts=parts)
 
     def _wait(self, change: Coroutine[Any, Any, None]) -> None:
         assert self._client.loop is not None
         asyncio.run_coroutine_threadsafe(change, self._client.loop).result()
 
 
-def merged_part(state: State, tenant: str) -> int | None:
-    """Bytes of merged copies that a tenant may ask for; None is no bound. Where keys tell several tenants apart, one
+def merged_parts(state: State, tenants: Iterable[str]) -> dict[str, int | None]:
+    """Bytes of merged copies that each tenant may ask for; None is no bound. Where keys tell several tenants apart, one
     that is not told otherwise may have half of MERGED_BYTES. Called on the event loop, as the directory is."""
-    most, directory = state.settings.merged_bytes, state.accounts.directory
+    several = state.settings.auth == "on" and len(state.accounts.directory.tenants(limit=2)) > 1
+    half = state.settings.merged_bytes // 2 if several else None
+    return {tenant: _part(state, tenant, half) for tenant in tenants}
+
+
+def _part(state: State, tenant: str, otherwise: int | None) -> int | None:
     with contextlib.suppress(TenantNotFound):  # a database without it: its adapters are still there
-        own = directory.show(tenant).max_merged_bytes
+        own = state.accounts.directory.show(tenant).max_merged_bytes
         if own is not None:
-            return min(own, most)
-    several = state.settings.auth == "on" and len(directory.tenants(limit=2)) > 1
-    return most // 2 if several else None
+            return min(own, state.settings.merged_bytes)
+    return otherwise
 
 
 def restore(registry: Registry, whose: str | None = None) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from time import monotonic
 
@@ -159,11 +159,13 @@ class EngineClient:
         if self._engine is not None and request_id in self._streams:
             self._engine.cancel(request_id)
 
-    async def merge(self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False, part: int | None = None) -> None:
+    async def merge(
+        self, adapter: AdapterRef, *, pinned: bool, keeps: bool = False, parts: Mapping[str, int | None]
+    ) -> None:
         """Gives the adapter a lane of its own and waits until it has it; nobody else loses one if it `keeps` them.
-        `part` bounds the bytes of all copies that its tenant asks for. Raises Conflict when there is no room,
+        `parts` bound, by tenant, the bytes of all copies that it asks for. Raises Conflict when there is no room,
         AdapterUnavailable, or Overloaded when the engine has ended."""
-        await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps, part))
+        await self._change_lane(lambda number: Merge(number, adapter, pinned, keeps, parts))
 
     async def unmerge(self, adapter: AdapterRef, *, asked: bool = False, replaced: bool = False) -> None:
         """Ends the adapter's own lane, if it has one or is about to; requests that have begun in it finish there."""

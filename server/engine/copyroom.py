@@ -1,8 +1,9 @@
 """What a merged copy takes, and which copies make way for another, tenant by tenant.
 
 Each tenant has a part of the room for the copies that it asks for, so that nobody's copies, pinned or in use, can fill
-all of it. Where room is missing, idle copies go in this order, and among equals the one that has been idle the longest:
-those that nobody asked for; those of the tenant that asks; those of tenants that have more than their part; all others.
+all of it. Parts change: everybody's are as they were when anybody last asked for a copy. Where room is missing, idle
+copies go in this order, and among equals the one that has been idle the longest: those that nobody asked for; those of
+the tenant that asks; those of tenants that have more than their part; all others.
 """
 
 from __future__ import annotations

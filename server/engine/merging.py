@@ -102,8 +102,7 @@ class MergedCopies:
         """Begins to make a copy, unless there is one."""
         held = self._active.get(message.adapter) or self._begin(message.adapter)
         for one in self._all():
-            if one.tenant == held.tenant:  # the latest request says it for all
-                one.part = message.part
+            one.part = message.parts.get(one.tenant, one.part)
         if held.automatic:
             self._count(held, self._now())  # from here on it is on the bill
             held.automatic, held.keeps = False, message.keeps

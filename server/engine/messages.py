@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 from time import monotonic
@@ -84,14 +85,15 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Merge:
     """Gives the adapter a lane of its own; a `pinned` copy never goes for another's sake, and one that `keeps` others
-    takes nobody else's room. All copies that its tenant asks for may take `part` bytes; the latest request says it for
-    all, and None is no bound. Answered by a `LaneChanged` of the same id when it is there, or cannot be."""
+    takes nobody else's room. `parts` are by tenant the bytes that all copies may take that it asks for, None for no
+    bound: of the adapter's tenant and of those that have copies, as they are now. Answered by a `LaneChanged` of the
+    same id when it is there, or cannot be."""
 
     id: str
     adapter: AdapterRef
     pinned: bool
     keeps: bool = False
-    part: int | None = None
+    parts: Mapping[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

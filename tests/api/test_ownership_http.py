@@ -27,7 +27,7 @@ def served(base, tmp_path_factory) -> Iterator[tuple[Server, dict[str, dict[str,
         def made(tenant: str, **quotas: int) -> dict[str, str]:
             return asyncio.run_coroutine_threadsafe(key(tenant, **quotas), loop).result(20)
 
-        yield server, {"ann": made("ann"), "bob": made("bob"), "cyd": made("cyd", max_adapters=1)}
+        yield server, {"ann": made("ann"), "bob": made("bob"), "cyd": made("cyd", max_adapters=1), "dan": made("dan")}
 
 
 def put(server: Server, name: str, folder: Any, headers: dict[str, str]) -> Any:
@@ -131,3 +131,37 @@ def test_a_tenants_merged_copies_have_their_part_and_who_loses_a_lane_is_told(se
     for who, name in (("ann", "quick"), ("ann", "fast"), ("bob", "slow")):
         assert server.http.delete(f"/adapters/{name}", headers=keys[who]).status_code == 204
     assert not server.engine.stats.lane_notes
+
+
+def test_a_part_of_the_merged_copies_that_is_lowered_is_in_force_for_whoever_asks_next(served, adapters):
+    """Though its tenant asks for nothing more: of the idle copies its own go first, not the one idle the longest."""
+    server, keys = served
+    copies, directory = server.engine._merged, server.state.accounts.directory
+
+    def merge(tenant: str, name: str) -> Any:
+        assert put(server, name, adapters[0], keys[tenant]).status_code in (200, 201)
+        return server.http.patch(f"/adapters/{name}", json={"lane": "merged"}, headers=keys[tenant])
+
+    def lane(tenant: str, name: str) -> str:
+        return server.http.get(f"/adapters/{name}", headers=keys[tenant]).json()["lane"]
+
+    def part(size: int | None) -> None:
+        change = directory.update("bob", max_merged_bytes=size)
+        asyncio.run_coroutine_threadsafe(change, server.state.client.loop).result(20)
+
+    assert merge("ann", "oldest").json()["lane"] == "merged"
+    size = copies.nbytes
+    for name in ("over", "within"):
+        assert merge("bob", name).json()["lane"] == "merged"
+    most, copies.most = copies.most, 3 * size
+    try:
+        part(size)
+        assert merge("dan", "newest").json()["lane"] == "merged"
+        lanes = [lane("ann", "oldest"), lane("bob", "over"), lane("bob", "within"), lane("dan", "newest")]
+        assert lanes == ["merged", "shared", "merged", "merged"]
+    finally:
+        copies.most = most
+        part(None)
+    for tenant, name in (("ann", "oldest"), ("bob", "over"), ("bob", "within"), ("dan", "newest")):
+        assert server.http.delete(f"/adapters/{name}", headers=keys[tenant]).status_code == 204
+    server.idle()

@@ -318,8 +318,11 @@ def wide() -> Iterator[Desk]:
     made.close()
 
 
-def ask(desk: Desk, adapter: AdapterRef, *, pinned: bool = False, part: int | None = 2 * SIZE) -> Conflict | None:
-    desk.copies.want(Merge("m", adapter, pinned, part=part))
+def ask(
+    desk: Desk, adapter: AdapterRef, *, pinned: bool = False, part: int | None = 2 * SIZE, **others: int | None
+) -> Conflict | None:
+    """Its answer; `others` are other tenants' parts."""
+    desk.copies.want(Merge("m", adapter, pinned, parts={adapter.tenant: part} | others))
     for _ in range(2):
         if not desk.answers:
             desk.handle()
@@ -362,8 +365,7 @@ def test_ones_own_copies_go_first_then_those_over_their_part_then_others(wide: D
     assert not wide.copies.has(of("ann", "a")), "though it was used last"
     assert "the one of e" in wide.copies.notes["ann", "a"]
     assert ask(wide, of("ann", "e"), pinned=True) is None
-    assert ask(wide, of("cyd", "d"), part=SIZE) is None, "cyd's part is lowered"
-    assert ask(wide, of("ann", "f")) is None
+    assert ask(wide, of("ann", "f"), cyd=SIZE) is None, "cyd's part was lowered, and cyd has asked for nothing since"
     assert wide.copies.has(of("bob", "b")), "the least recently used, but within its part"
     assert not wide.copies.has(of("cyd", "c"))
     assert "another tenant" in wide.copies.notes["cyd", "c"]
