@@ -31,7 +31,7 @@ from server.registry.quotas import Quota
 from server.registry.records import Named, ref_of
 from server.registry.store import Staging, storage_errors
 from server.tenants.keys import Scope
-from server.tenants.tenant import Principal, Tenant
+from server.tenants.tenant import Tenant
 
 RECEIVE_SECONDS = 900  # an upload that takes longer is given up: only so many are under way at once
 OneState = Annotated[State, Depends(state_of)]

@@ -50,3 +50,14 @@ class Checks:
             base_digest=self.base.digest,
             created=time.time(),
         )
+
+
+def known_base(base: BaseInfo, version: AdapterVersion) -> None:
+    """Raises InvalidAdapter for a version of another base than the one that is served."""
+    if version.base_digest != base.digest:
+        raise InvalidAdapter(
+            f"the adapter {version.name} was uploaded for another base model ({version.base}) than the one served "
+            f"now ({base.name}); upload it again if it fits",
+            param="adapter",
+            code="base_mismatch",
+        )

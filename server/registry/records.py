@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.core import AdapterRef, AdapterVersion
 from server.errors import InvalidRequest
@@ -92,3 +92,22 @@ def digests_of(record: Record | None) -> list[str]:
 def digest_of(record: Record | None) -> str | None:
     """Of the current version; None without a record."""
     return record.now.digest if record else None
+
+
+def same_weights(current: AdapterVersion, draft: AdapterVersion) -> bool:
+    """Whether the draft is the version that is current."""
+    return (current.digest, current.base_digest) == (draft.digest, draft.base_digest)
+
+
+def with_version(before: Record | None, draft: AdapterVersion, *, public: bool, most: int) -> Record:
+    """The record with a new version, without the oldest ones over `most`; the new one stays. Only a first record is
+    `public` for the asking."""
+    if before is None:
+        return Record(1, 2, (replace(draft, version=1),), public=public)
+    versions = (*before.versions, replace(draft, version=before.next))
+    return replace(before, current=before.next, next=before.next + 1, versions=versions[-most:])
+
+
+def named(key: Key, record: Record) -> Named:
+    """What the name means now, and whose it is."""
+    return Named(key[0], record.now, record.public)

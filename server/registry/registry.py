@@ -12,20 +12,33 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from server.core import DEFAULT_TENANT, AdapterRef, AdapterVersion, BaseInfo, digest_in
-from server.errors import AdapterNotFound, Conflict, InvalidAdapter, OnebaseError, StorageFailure
+from server.errors import AdapterNotFound, Conflict, OnebaseError, StorageFailure
 from server.lora.weights import AdapterWeights, read_adapter
 from server.registry.catalogue import Catalogue
-from server.registry.drafts import Checks
+from server.registry.drafts import Checks, known_base
 from server.registry.etags import check_preconditions
 from server.registry.holds import Lease
 from server.registry.lanes import Lanes
 from server.registry.quotas import Quota
-from server.registry.records import Key, Named, PutResult, Record, Versions, digest_of, key_of, ref_of
+from server.registry.records import (
+    Key,
+    Named,
+    PutResult,
+    Record,
+    Versions,
+    digest_of,
+    key_of,
+    named,
+    ref_of,
+    same_weights,
+    with_version,
+)
 from server.registry.store import Staging, Store
 from server.registry.writers import Writers
 
@@ -113,9 +126,9 @@ class Registry:
             with self._writers.alone(key):
                 before = self._names.get(key)
                 check_preconditions(digest_of(before), if_match, if_none_match)
-                if before is not None and self._same(before.now, draft):
+                if before is not None and same_weights(before.now, draft):
                     return PutResult(before.now, created=False, changed=False)
-                after = self._with(before, draft, public)
+                after = with_version(before, draft, public=public, most=self._max_versions)
                 claimed = self._catalogue.claim(key) if public and before is None else nullcontext()
                 with self._catalogue.room(key, after, quota), claimed:
                     self._take_over(key, after)
@@ -138,7 +151,7 @@ class Registry:
 
     def find(self, name: str, tenant: str = DEFAULT_TENANT) -> Named:
         """What the name means to the tenant. Raises `AdapterNotFound`."""
-        return _named(*self._names.find(key_of(tenant, name)))
+        return named(*self._names.find(key_of(tenant, name)))
 
     def get(self, name: str, tenant: str = DEFAULT_TENANT) -> AdapterVersion:
         """The current version of it. Raises `AdapterNotFound`."""
@@ -150,7 +163,7 @@ class Registry:
         """A page of what names mean to the tenant (`own`: its own alone), in their order, and the `after` of the next
         page (None: no more)."""
         found = self._catalogue.page(tenant, after, limit + 1, own=own)
-        page = [_named(*one) for one in found[:limit]]
+        page = [named(*one) for one in found[:limit]]
         return page, page[-1].version.name if len(found) > limit else None
 
     def versions(self, name: str, tenant: str = DEFAULT_TENANT) -> Versions:
@@ -199,7 +212,7 @@ class Registry:
                     self._move(key, wanted, merged, pinned)
                 elif wanted != record:
                     self._catalogue.switch(key, wanted)
-            return _named(key, self._names.own(key))
+            return named(key, self._names.own(key))
 
     def _move(self, key: Key, record: Record, merged: bool | None, pinned: bool | None) -> None:
         """The lane's part of `change`: `record` is what is to be remembered, but for the lane."""
@@ -212,7 +225,7 @@ class Registry:
         if pinned and not merged:
             raise Conflict("only the copy of an adapter with a lane of its own can be pinned", param="pinned")
         if merged:
-            self._known_base(record.now)
+            known_base(self._base, record.now)
             lanes.enter(ref, pinned)
         if asked or merged:  # else there is nothing to pin, and the lane is as it was
             record = replace(record, merged=merged, pinned=pinned)
@@ -234,7 +247,7 @@ class Registry:
             record = self._names.own(key)
             ref = ref_of(record.now, tenant)
             if record.merged and lanes.inside(ref) is None:
-                self._known_base(record.now)
+                known_base(self._base, record.now)
                 lanes.enter(ref, record.pinned, keeps=True)
 
     def withdraw_where(self, disabled: Callable[[str], bool]) -> None:
@@ -265,7 +278,7 @@ class Registry:
         `InvalidAdapter` (`base_mismatch`) when it was checked against another base than the one that is served now:
         shapes may fit where weights do not.
         """
-        return self._catalogue.lease(key_of(tenant, name), self._known_base)
+        return self._catalogue.lease(key_of(tenant, name), partial(known_base, self._base))
 
     def load(self, key: str) -> AdapterWeights:
         """Disk to tensors, hashed again; `key` is an `AdapterRef.key`. Raises `AdapterUnavailable`."""
@@ -287,24 +300,13 @@ class Registry:
         """What every tenant's names mean now."""
         return dict(self._catalogue.items())
 
-    @staticmethod
-    def _same(current: AdapterVersion, draft: AdapterVersion) -> bool:
-        return (current.digest, current.base_digest) == (draft.digest, draft.base_digest)
-
-    def _with(self, before: Record | None, draft: AdapterVersion, public: bool) -> Record:
-        """The record with a new version, without the oldest ones over the limit; the new one stays."""
-        if before is None:
-            return Record(1, 2, (replace(draft, version=1),), public=public)
-        versions = (*before.versions, replace(draft, version=before.next))
-        return replace(before, current=before.next, next=before.next + 1, versions=versions[-self._max_versions :])
-
     def _take_over(self, key: Key, after: Record) -> None:
         """Another version becomes current: one with a lane of its own is ready in its own before it is."""
         before, lanes = self._names.get(key), self.lanes
         old = ref_of(before.now, key[0]) if before is not None else None
         pinned = lanes.inside(old) if lanes is not None and old is not None else None
         if lanes is not None and pinned is not None:
-            self._known_base(after.now)
+            known_base(self._base, after.now)
             lanes.enter(ref_of(after.now, key[0]), pinned)
         self._remember(key, after, entered=pinned is not None)
         if old is not None:
@@ -326,16 +328,3 @@ class Registry:
                 self.lanes.leave(ref, asked=asked, replaced=replaced)
         except OnebaseError as fault:
             _log.info("%s: %s", ref.name, fault.message)
-
-    def _known_base(self, version: AdapterVersion) -> None:
-        if version.base_digest != self._base.digest:
-            raise InvalidAdapter(
-                f"the adapter {version.name} was uploaded for another base model ({version.base}) than the one served "
-                f"now ({self._base.name}); upload it again if it fits",
-                param="adapter",
-                code="base_mismatch",
-            )
-
-
-def _named(key: Key, record: Record) -> Named:
-    return Named(key[0], record.now, record.public)

@@ -22,9 +22,9 @@ from server.metrics.http import CountResponses, Responses, route, status
 from server.metrics.traffic import Traffic
 
 UNITS = {
-    "1", "adapters", "answers", "blocks", "byte seconds", "bytes", "calls", "commits", "copies", "entries", "events", "lines",
-    "loads", "lookups", "micro-dollars", "priced tokens", "ratio", "requests", "rows", "seconds", "sequences", "slots",
-    "steps", "tokens", "windows",
+    "1", "adapters", "answers", "blocks", "byte seconds", "bytes", "calls", "commits", "copies", "entries", "events",
+    "lines", "loads", "lookups", "micro-dollars", "priced tokens", "ratio", "requests", "rows", "seconds", "sequences",
+    "slots", "steps", "tokens", "windows",
 }  # fmt: skip
 NAME = re.compile(r"(onebase_|vllm:)[a-z0-9_]+")
 KINDS = {"seconds": "_seconds", "bytes": "_bytes"}
