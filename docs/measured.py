@@ -106,7 +106,8 @@ def tenants_table() -> str:
         parts = {f"{count} streams, alone and beside a flood": found for count, found in run["fair"].items()}
         parts |= {"a tiny request": run["auth"], "16 streams and the ledger": run["metering"]}
         rows += [(run["dtype"], what, name, f"{found[name]:.3g}") for what, found in parts.items() for name in found]
-    stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
+    once = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
+    stamps = "\n".join(f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in once)
     return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"
 
 
