@@ -108,5 +108,5 @@ def _cell(value: Any, name: str = "") -> str:
 def _print(table: Table) -> None:
     console = Console(markup=False)
     if not console.is_terminal:
-        console.width = 200  # what reads it has no width, and a folded name would be two
+        console.width = 1000  # what reads it has no width, and a folded name would be two
     console.print(table)

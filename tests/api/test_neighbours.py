@@ -15,7 +15,7 @@ from tests.serving import Gate, refused, until
 from tests.tenancy import Account, Admin, invoice
 
 LIMITS = {"tpm_limit": 10_000, "max_budget": 1_000_000}
-A_DOLLAR_A_MILLION = {"prompt": 1_000_000, "cached": 1_000_000, "completion": 1_000_000, "rank_classes": []}
+A_DOLLAR_A_MILLION = {"prompt": 1_000_000, "cached": 1_000_000, "completion": 1_000_000, "rank_classes": [[1, 1000]]}
 
 
 def flooding(account: Account, wanted: int, sent: int, **body) -> tuple[list[threading.Thread], list[httpx.Response]]:

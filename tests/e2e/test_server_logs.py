@@ -42,7 +42,7 @@ def test_every_line_is_json(base, tmp_path):
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
     said = log.read_text()
-    key = re.search(r"The admin key.*\n(ob_\S+)\n", said)
+    key = re.search(r"\nThe admin key.*\n(ob_\S+)\n\n", said)
     assert key, "shown once, as no log line"
     lines = [json.loads(line) for line in said.replace(key[0], "").splitlines()]
     assert {"onebase.run", "uvicorn.error", "onebase.request"} <= {line["logger"] for line in lines}
