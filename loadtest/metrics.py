@@ -23,13 +23,12 @@ import numpy as np
 
 from loadtest.adapters import Adapter, upload
 from loadtest.compare import RESULTS
-from loadtest.lanes import Bench, Stream
+from loadtest.pairs import by_turns
 from loadtest.peers.onebase import serve
 from loadtest.stamp import stamp
-from loadtest.tenants import serving
 from server.model.bundled import materialise
 
-ROWS, TURNS, ROUNDS = 16, 3, 15  # streams, requests of each, and pairs
+ROUNDS = 15  # pairs of 16 streams
 ADAPTERS, SCRAPES = 5_000, 50
 AT_ONCE = 16
 
@@ -65,21 +64,10 @@ def measure(dtype: str, effort: Effort) -> dict[str, Any]:
 
 
 def streams(dtype: str, rounds: int) -> dict[str, float]:
-    """Only one of the two servers is awake at a time, and which of them goes first changes."""
-    rates: dict[str, list[float]] = {"counted": [], "uncounted": []}
-    with serving(dtype, program="loadtest.uncounted") as bare, serving(dtype) as counted:
-        servers = {"uncounted": bare, "counted": counted}
-        for at in range(rounds + 1):
-            for name in sorted(servers, reverse=bool(at % 2)):
-                server, other = servers[name], next(one for key, one in servers.items() if key != name)
-                other.process.pause()
-                rate = Bench(server.url, [], key=server.keys["b"]).rate([Stream(requests=TURNS)] * ROWS)
-                other.process.resume()
-                if at:  # the first warms up
-                    rates[name].append(rate)
-    ratios = [one / other for one, other in zip(rates["counted"], rates["uncounted"], strict=True)]
-    low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-    return {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()} | {
+    """Tokens a second where everything is counted, and where nothing is."""
+    found = by_turns(dtype, {"counted": "server.cli", "uncounted": "loadtest.uncounted"}, rounds)
+    low, middle, high = np.quantile(found.ratios(), (0.25, 0.5, 0.75))
+    return {f"{name}_tokens_per_s": rate for name, rate in found.rates().items()} | {
         "counted / uncounted": float(middle),
         "counted / uncounted, lower quartile": float(low),
         "counted / uncounted, upper quartile": float(high),

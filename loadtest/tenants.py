@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import statistics
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -27,13 +26,9 @@ from loadtest.client import Client, Trace
 from loadtest.compare import RESULTS
 from loadtest.dialects import Onebase
 from loadtest.lanes import Bench, Seen, Stream
-from loadtest.peers.onebase import serve
-from loadtest.peers.peer import Process
+from loadtest.pairs import by_turns, serving
 from loadtest.stamp import stamp
 from loadtest.workload import Request
-from server.tenants.database import open_database
-from server.tenants.directory import Directory
-from server.tenants.keys import Scope
 
 COUNTS = (4, 16)  # closed-loop streams of the tenant that is looked at
 PROMPT, NEW = 128, 64  # of its requests
@@ -41,7 +36,6 @@ FLOOD, LONG, MANY = 500, 512, 256  # requests of the other, their prompts and th
 WINDOW = 120.0  # seconds that each number of streams is looked at, alone and beside the flood
 SWAPS = 4  # turns that they are parted into
 PAIRS, ROUNDS = 300, 5  # of tiny requests, and of 16 streams
-ROWS, TURNS = 16, 3  # streams, and requests of each, where the ledger is measured
 PATIENCE = 120.0  # seconds for a flood to begin, or to be gone
 
 
@@ -52,15 +46,6 @@ class Effort:
     window: float
     pairs: int
     rounds: int
-
-
-@dataclass(frozen=True)
-class Running:
-    """A server and the keys of its tenants, by their ids."""
-
-    process: Process
-    url: str
-    keys: dict[str, str]
 
 
 def main() -> None:
@@ -95,33 +80,6 @@ def measure(dtype: str, effort: Effort, parts: list[str]) -> dict[str, Any]:
     if parts != list(PARTS):
         command += f" --parts {' '.join(parts)}"
     return {**stamp(command), "dtype": dtype, **{part: PARTS[part](dtype, effort) for part in parts}}
-
-
-@contextlib.contextmanager
-def serving(dtype: str, *, auth: str = "on", program: str = "server.cli") -> Iterator[Running]:
-    """A server with two tenants, `a` and `b`."""
-    with tempfile.TemporaryDirectory() as folder:
-        url = f"sqlite:///{folder}/tenants.db"
-        keys = asyncio.run(_tenants(url))
-        settings = {"dtype": dtype, "device": "cpu", "auth": auth, "database_url": url}
-        process, address = serve(Path(folder) / "server", program, **settings)
-        try:
-            yield Running(process, address, keys)
-        finally:
-            process.stop()
-
-
-async def _tenants(url: str) -> dict[str, str]:
-    database = await open_database(url)
-    try:
-        directory, _ = await Directory.open(database)
-        keys = {}
-        for tenant in ("a", "b"):
-            await directory.create(tenant)
-            _, keys[tenant] = await directory.create_key(tenant, [Scope.GENERATE])
-        return keys
-    finally:
-        await database.close()
 
 
 def fair(dtype: str, effort: Effort) -> dict[str, dict[str, float]]:
@@ -270,21 +228,10 @@ def _tiny(http: httpx.Client, number: int) -> float:
 
 
 def metering(dtype: str, effort: Effort) -> dict[str, float]:
-    """Only one of the two servers is awake at a time, and which of them goes first changes."""
-    rates: dict[str, list[float]] = {"metered": [], "unmetered": []}
-    with serving(dtype, program="loadtest.unmetered") as bare, serving(dtype) as metered:
-        servers = {"unmetered": bare, "metered": metered}
-        for at in range(effort.rounds + 1):
-            for name in sorted(servers, reverse=bool(at % 2)):
-                server, other = servers[name], next(one for key, one in servers.items() if key != name)
-                other.process.pause()
-                rate = Bench(server.url, [], key=server.keys["b"]).rate([Stream(requests=TURNS)] * ROWS)
-                other.process.resume()
-                if at:  # the first warms up
-                    rates[name].append(rate)
-    pairs = list(zip(rates["metered"], rates["unmetered"], strict=True))
-    return {f"{name}_tokens_per_s": statistics.median(found) for name, found in rates.items()} | {
-        "metered / unmetered": statistics.median(one / other for one, other in pairs)
+    """Tokens a second with the ledger, and without."""
+    found = by_turns(dtype, {"metered": "server.cli", "unmetered": "loadtest.unmetered"}, effort.rounds)
+    return {f"{name}_tokens_per_s": rate for name, rate in found.rates().items()} | {
+        "metered / unmetered": statistics.median(found.ratios())
     }
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from server.api.parts import Lines
 from server.engine.bounds import Bounds
 
 LARGE = 65_536  # characters; reading so many takes tens of milliseconds, of the largest a second and 150 MB
@@ -19,7 +18,8 @@ class Reads:
 
     def __init__(self, max_requests: int, *, shared: bool):
         self.bounds = Bounds(max_requests, MAX_WAITING, "characters", shared=shared)
-        self._large, self._other = _Line(), _Line()
+        # One at a time, and one of a tenant in the common line: the tenants take turns.
+        self._large, self._other = Lines(1, 1, shared=True), Lines(1, 1, shared=True)
 
     @asynccontextmanager
     async def turn(self, tenant: str, weight: float, size: int) -> AsyncIterator[None]:
@@ -28,44 +28,7 @@ class Reads:
         self.bounds.take(tenant, weight, size)
         line = self._large if size > LARGE else self._other
         try:
-            await line.enter(tenant)
-            try:
+            async with line.turn(tenant):
                 yield
-            finally:
-                line.leave(tenant)
         finally:
             self.bounds.give_back(tenant, size)
-
-
-class _Line:
-    """One at a time; the tenants in rotation, each one's in the order of arrival."""
-
-    def __init__(self) -> None:
-        self._busy = False
-        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-
-    async def enter(self, tenant: str) -> None:
-        if not self._busy:
-            self._busy = True
-            return
-        turn = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(tenant, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it had just been given the turn
-                self.leave(tenant)
-            raise
-
-    def leave(self, tenant: str) -> None:
-        if tenant in self._waiting:
-            self._waiting.move_to_end(tenant)  # all others first
-        while self._waiting:
-            first, turns = next(iter(self._waiting.items()))
-            turn = turns.popleft()
-            if not turns:
-                del self._waiting[first]
-            if not turn.done():  # else its request was given up
-                turn.set_result(None)
-                return
-        self._busy = False
