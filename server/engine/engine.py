@@ -188,8 +188,8 @@ class Engine:
     def _receive(self, block: bool) -> None:
         """Handles the messages that are there; if there is nothing else to do, waits for one."""
         while block or not self._inbox.empty():
-            message = self._inbox.get()
-            self._clock.mark("idle" if block else "schedule")
+            message = self._clock.idle(self._inbox.get) if block else self._inbox.get()
+            self._clock.mark("schedule")
             block = False
             if isinstance(message, Submit):
                 self._open(message)

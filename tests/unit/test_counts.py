@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import runner
+from server.engine import clock, runner
 from server.engine.clock import PARTS, Clock
 from server.engine.counting import Counting
 from server.engine.counts import FIRST, GAP, LATENCY
@@ -19,6 +19,7 @@ from server.engine.sequence import Request, Sequence
 from server.lora.segmented import Moments
 from tests.families import ATTENTION, save_adapter, save_model
 from tests.harness import Harness, Lanes, fresh_base, running
+from tests.serving import until
 
 VLLM_FIRST = {0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160,
               640, 2560}  # fmt: skip
@@ -110,6 +111,19 @@ def test_all_time_of_the_thread_is_some_parts(engine: Harness) -> None:
     engine.run({"prompt": [3] * 20, "max_tokens": 5})
     assert set(clock.parts) == set(PARTS)
     assert all(clock.parts[part] > 0 for part in PARTS)
+
+
+def test_what_is_idle_is_counted_while_it_lasts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a rate shows hours of it in the moment in which they end."""
+    monkeypatch.setattr(clock, "IDLE_SECONDS", 0.01)
+    with running(fresh_base(folder)) as engine:
+        engine.run({"prompt": [3] * 20, "max_tokens": 5})
+        parts, steps = engine.runner.clock.parts, engine.engine.stats.steps
+        for _ in range(3):
+            before = parts["idle"]
+            until(lambda before=before: parts["idle"] > before)
+        assert engine.engine.stats.steps == steps
+        engine.run({"prompt": [3] * 20, "max_tokens": 5})
 
 
 def test_failed_steps_are_counted(engine: Harness) -> None:
