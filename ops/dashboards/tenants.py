@@ -25,9 +25,9 @@ def tenants() -> dashboard.Dashboard:
 
 
 def _now() -> list[Panel]:
-    spent = rate("onebase_adapter_cost_microusd_total", CHOSEN)
+    spent = total("onebase_tenant_cost_microusd_total", TENANT)
     return [
-        number("Income", "Dollars an hour at the present rate.", DOLLARS, f"sum({spent}) * 3600 / 1e6"),
+        number("Income", "Dollars an hour at the present rate.", DOLLARS, f"{spent} * 3600 / 1e6"),
         number(
             "Fairness now",
             "Jain's index over what tenants with work have had for their weight: 1 is alike, 1/n is all to one.",
@@ -60,41 +60,46 @@ def _now() -> list[Panel]:
 
 def _usage() -> list[Panel]:
     tokens, cost = "onebase_adapter_tokens_total", "onebase_adapter_cost_microusd_total"
+    whole = "onebase_tenant_cost_microusd_total"
     return [
         series(
             "Tokens by tenant",
             "Prompt and completion tokens a second.",
             "short",
-            (_by(tokens, CHOSEN + ',kind=~"prompt|completion"'), "{{tenant}}"),
+            (_by("onebase_tenant_tokens_total", TENANT + ',kind=~"prompt|completion"'), "{{tenant}}"),
             stacked=True,
         ),
         series(
             "Cost by tenant",
             "Dollars an hour for tokens; stored adapters and merged lanes come on top of it on the bill.",
             DOLLARS,
-            (f"{_by(cost, CHOSEN)} * 3600 / 1e6", "{{tenant}}"),
+            (f"{_by(whole, TENANT)} * 3600 / 1e6", "{{tenant}}"),
             stacked=True,
         ),
         series(
             "Requests by tenant",
             "Requests ended a second.",
             "reqps",
-            (_by("onebase_adapter_requests_total", CHOSEN), "{{tenant}}"),
+            (_by("onebase_tenant_requests_total", TENANT), "{{tenant}}"),
             stacked=True,
         ),
         ranking(
+            "Who pays",
+            "Micro-dollars for tokens in the chosen time, of all the tenant's adapters. The invoice is the ledger's.",
+            "none",
+            f"topk(50, sum by (tenant) (increase({of(whole, TENANT)}[$__range])))",
+        ),
+        ranking(
             "Who pays what",
-            "Micro-dollars for tokens in the chosen time, by tenant and adapter. The invoice is the ledger's.",
+            "The same by tenant and adapter. Beyond METRICS_TOP pairs of them the rest is `other`.",
             "none",
             f"topk(50, sum by (tenant, adapter) (increase({of(cost, CHOSEN)}[$__range])))",
-            width=12,
         ),
         ranking(
             "Who uses what",
             "Completion tokens in the chosen time, by tenant and adapter.",
             "short",
             f"""topk(50, sum by (tenant, adapter) (increase({of(tokens, CHOSEN + ',kind="completion"')}[$__range])))""",
-            width=12,
         ),
     ]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from prometheus_client.core import Metric
 
 from server.engine.stats import ShareFigures
 from server.metrics.families import Family
-from server.metrics.traffic import OTHER, OUTCOMES, Shown
+from server.metrics.traffic import OTHER, OUTCOMES, AdapterTraffic, Shown, TenantTraffic
+
+KINDS = ("prompt", "cached", "completion")  # of tokens
 
 _of_adapter = partial(Family, "counter", labels=("tenant", "adapter"))
 _of_tenant = partial(Family, labels=("tenant",))
@@ -41,6 +43,22 @@ COLD = _of_adapter("onebase_adapter_cold_starts", "Requests whose adapter was no
 LOAD = _of_adapter("onebase_adapter_load_wait_seconds", "What these waited for it.", "seconds")
 DECODE = _of_adapter("onebase_adapter_decode_seconds", "From the first token to the end, of all requests.", "seconds")
 
+TENANT_REQUESTS = Family(
+    "counter",
+    "onebase_tenant_requests",
+    "The tenant's ended requests, of all adapters and the base.",
+    "requests",
+    ("tenant", "outcome"),
+)
+TENANT_TOKENS = Family(
+    "counter", "onebase_tenant_tokens", "Tokens of these; prompt includes cached.", "tokens", ("tenant", "kind")
+)
+TENANT_COST = _of_tenant(
+    "counter",
+    "onebase_tenant_cost_microusd",
+    "What these cost; stored adapters and merged lanes come on top of it on the bill.",
+    "micro-dollars",
+)
 TENANT_FIRST = _of_tenant(
     "histogram", "onebase_tenant_ttft_seconds", "From submission to the first token, counted at the end.", "seconds"
 )
@@ -64,10 +82,8 @@ SERVED = _of_tenant(
 def families(shown: Shown, shares: Mapping[str, ShareFigures]) -> Iterator[Metric]:
     """All of this module."""
     adapters = shown.adapters
-    yield REQUESTS.by({(*name, outcome): getattr(one, outcome) for name, one in adapters for outcome in OUTCOMES})
-    yield TOKENS.by(
-        {(*name, kind): getattr(one, kind) for name, one in adapters for kind in ("prompt", "cached", "completion")}
-    )
+    yield REQUESTS.by(_parts(adapters, OUTCOMES))
+    yield TOKENS.by(_parts(adapters, KINDS))
     for family, part in (
         (COST, "cost"),
         (FIRST_SECONDS, "first_seconds"),
@@ -77,9 +93,7 @@ def families(shown: Shown, shares: Mapping[str, ShareFigures]) -> Iterator[Metri
         (DECODE, "decode_seconds"),
     ):
         yield family.by({name: getattr(one, part) for name, one in adapters})
-    yield TENANT_FIRST.histograms(((name,), one.first) for name, one in shown.tenants)
-    yield REFUSALS.by({(name, code): count for name, one in shown.tenants for code, count in one.refused.items()})
-    yield SERVED.by({name: one.served for name, one in shown.tenants})
+    yield from _tenants(shown.tenants)
     named = {name for name, _ in shown.tenants}
     running, waiting = dict.fromkeys(named, 0), dict.fromkeys(named, 0)
     for tenant, share in shares.items():
@@ -88,3 +102,20 @@ def families(shown: Shown, shares: Mapping[str, ShareFigures]) -> Iterator[Metri
         waiting[name] += share.waiting
     yield RUNNING.by(running)
     yield WAITING.by(waiting)
+
+
+def _tenants(tenants: Sequence[tuple[str, TenantTraffic]]) -> Iterator[Metric]:
+    whole = [((name,), one.all) for name, one in tenants]
+    yield TENANT_REQUESTS.by(_parts(whole, OUTCOMES))
+    yield TENANT_TOKENS.by(_parts(whole, KINDS))
+    yield TENANT_COST.by({name: one.cost for name, one in whole})
+    yield TENANT_FIRST.histograms(((name,), one.first) for name, one in tenants)
+    yield REFUSALS.by({(name, code): count for name, one in tenants for code, count in one.refused.items()})
+    yield SERVED.by({name: one.served for name, one in tenants})
+
+
+def _parts(
+    traffic: Iterable[tuple[tuple[str, ...], AdapterTraffic]], parts: Iterable[str]
+) -> dict[tuple[str, ...], int]:
+    """Some of what was counted, each with its own name as the last label."""
+    return {(*name, part): getattr(one, part) for name, one in traffic for part in parts}

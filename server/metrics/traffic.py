@@ -9,14 +9,15 @@ from server.engine.messages import Done, Prices
 from server.histogram import Histogram
 from server.metrics.top import Top
 
-BASE, OTHER = "(base)", "other"  # no adapter's name: those have no parentheses; a tenant `other` would be summed in it
+BASE, OTHER = "(base)", "other"  # no adapter's name has parentheses; a tenant called `other` is counted with the rest
 FIRST = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 OUTCOMES = ("finished", "cancelled", "error")
 
 
 @dataclass(slots=True)
 class AdapterTraffic:
-    """What a tenant had of an adapter. Times are in seconds, `cost` in micro-dollars; `prompt` includes `cached`."""
+    """What a tenant had of an adapter, or of all. Times are in seconds, `cost` in micro-dollars; `prompt` includes
+    `cached`."""
 
     finished: int = 0
     cancelled: int = 0
@@ -54,20 +55,23 @@ class AdapterTraffic:
 
 @dataclass(slots=True)
 class TenantTraffic:
-    """What a tenant had: times to first tokens, refusals by code, priced tokens."""
+    """What a tenant had: of all adapters together, times to first tokens, refusals by code, priced tokens."""
 
+    all: AdapterTraffic = field(default_factory=AdapterTraffic)
     first: Histogram = field(default_factory=lambda: Histogram(FIRST))
     refused: Counter[str] = field(default_factory=Counter)
     served: float = 0.0
 
     def absorb(self, other: TenantTraffic) -> None:
         """Adds all that `other` has counted."""
+        self.all.absorb(other.all)
         self.first.absorb(other.first)
         self.refused.update(other.refused)
         self.served += other.served
 
-    def count(self, done: Done, prices: Prices) -> None:
+    def count(self, done: Done, cost: int, prices: Prices) -> None:
         """A request has ended."""
+        self.all.count(done, cost)
         if done.times.ttft is not None:
             self.first.add(done.times.ttft)
         if done.times.scheduled is not None:
@@ -93,12 +97,12 @@ class Traffic:
     def ended(self, tenant: str, adapter: str | None, done: Done, cost: int, prices: Prices) -> None:
         """A tenant's request has ended, and costs so many micro-dollars."""
         weight = 1.0 + done.prompt_tokens + done.completion_tokens
-        self.adapters.of((tenant, adapter or BASE), weight).count(done, cost)
-        self.tenants.of(tenant, weight).count(done, prices)
+        self._of(tenant, adapter or BASE, weight).count(done, cost)
+        self._of_tenant(tenant, weight).count(done, cost, prices)
 
     def refused(self, tenant: str, code: str) -> None:
         """A tenant's request was over its own limits."""
-        self.tenants.of(tenant, 1.0).refused[code] += 1
+        self._of_tenant(tenant, 1.0).refused[code] += 1
 
     def shown(self) -> Shown:
         """As it is now."""
@@ -108,6 +112,13 @@ class Traffic:
             [*adapters, ((OTHER, OTHER), _copy(self.adapters.other))], [*tenants, (OTHER, _copied(self.tenants.other))]
         )
 
+    def _of(self, tenant: str, adapter: str, weight: float) -> AdapterTraffic:
+        pair = tenant, adapter
+        return self.adapters.other if pair == (OTHER, OTHER) else self.adapters.of(pair, weight)
+
+    def _of_tenant(self, tenant: str, weight: float) -> TenantTraffic:
+        return self.tenants.other if tenant == OTHER else self.tenants.of(tenant, weight)
+
 
 def _copy(one: AdapterTraffic) -> AdapterTraffic:
     fresh = AdapterTraffic()
@@ -116,4 +127,4 @@ def _copy(one: AdapterTraffic) -> AdapterTraffic:
 
 
 def _copied(one: TenantTraffic) -> TenantTraffic:
-    return TenantTraffic(one.first.copy(), Counter(one.refused), one.served)
+    return TenantTraffic(_copy(one.all), one.first.copy(), Counter(one.refused), one.served)

@@ -88,7 +88,8 @@ def test_five_thousand_adapters_make_a_bounded_number_of_series_with_exact_sums(
                 sums[one.name, one.labels.get("kind") or one.labels.get("outcome") or one.labels.get("le")] += one.value
             assert all(value >= before[key] for key, value in sums.items()), "no sum falls"
             before = sums
-    per_adapter, per_tenant = 3 + 3 + 6, 10 + 2 + 1 + 2  # series: outcomes, kinds, the rest; buckets, sum and count, …
+    # Series: outcomes, kinds, the rest; outcomes, kinds, cost; buckets, sum and count, …
+    per_adapter, per_tenant = 3 + 3 + 6, 3 + 3 + 1 + 10 + 2 + 1 + 2
     assert largest <= (most + 1) * (per_adapter + per_tenant)
     assert {kind: sums["onebase_adapter_tokens_total", kind] for kind in ("prompt", "cached", "completion")} == {
         kind: wanted[kind] for kind in ("prompt", "cached", "completion")
@@ -96,10 +97,42 @@ def test_five_thousand_adapters_make_a_bounded_number_of_series_with_exact_sums(
     for outcome in ("finished", "cancelled", "error"):
         assert sums["onebase_adapter_requests_total", outcome] == wanted[outcome]
     assert sums["onebase_adapter_cost_microusd_total", None] == wanted["cost"]
+    for kind in ("prompt", "cached", "completion"):
+        assert sums["onebase_tenant_tokens_total", kind] == wanted[kind]
+    for outcome in ("finished", "cancelled", "error"):
+        assert sums["onebase_tenant_requests_total", outcome] == wanted[outcome]
+    assert sums["onebase_tenant_cost_microusd_total", None] == wanted["cost"]
     assert sums["onebase_tenant_ttft_seconds_count", None] == 30_000
     assert sums["onebase_adapter_ttft_requests_total", None] == 30_000
     served = 0.5 * wanted["prompt"] * 1.1 + 2 * wanted["completion"]
     assert sums["onebase_tenant_served_tokens_total", None] == pytest.approx(served, rel=0.01)
+
+
+def test_a_tenant_of_more_adapters_than_are_named_is_still_seen_whole() -> None:
+    traffic = Traffic(10)
+    for number in range(1_000):
+        traffic.ended("acme", f"a{number}", done(10, 5), 7, Prices())
+    traffic.ended("b", None, done(10, 5), 7, Prices())
+    found = {(one.name, *one.labels.values()): one.value for one in Shown(traffic).samples()}
+    assert found["onebase_adapter_cost_microusd_total", "other", "other"] > 0.9 * 7_000
+    assert found["onebase_tenant_cost_microusd_total", "acme"] == 7_000
+    assert found["onebase_tenant_tokens_total", "completion", "acme"] == 5_000
+    assert found["onebase_tenant_requests_total", "finished", "acme"] == 1_000
+    assert found["onebase_tenant_cost_microusd_total", "b"] == 7
+
+
+def test_a_tenant_called_other_is_counted_with_the_rest() -> None:
+    traffic = Traffic(1)
+    traffic.ended("acme", "other", done(100, 50), 7, Prices())
+    traffic.ended("other", "other", done(10, 5), 3, Prices())
+    traffic.refused("other", "requests_limit")
+    samples = Shown(traffic, {"other": ShareFigures(1.0, 2, 3)}).samples()
+    assert max(Counter((one.name, *sorted(one.labels.items())) for one in samples).values()) == 1, "no series twice"
+    found = {(one.name, one.labels.get("tenant")): one.value for one in samples if one.value}
+    assert found["onebase_tenant_cost_microusd_total", "other"] == 3
+    assert found["onebase_adapter_cost_microusd_total", "other"] == 3
+    assert found["onebase_tenant_limit_refusals_total", "other"] == 1
+    assert found["onebase_tenant_running", "other"] == 3
 
 
 def test_tenants_without_a_name_run_and_wait_as_other() -> None:
