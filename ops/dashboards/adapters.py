@@ -108,7 +108,7 @@ def _churn() -> list[Panel]:
 
 def _top() -> list[Panel]:
     wait, ttft = "onebase_adapter_load_wait_seconds_total", "onebase_adapter_ttft_seconds_total"
-    firsts = _by("onebase_adapter_ttft_requests_total")
+    firsts = f"({_by('onebase_adapter_ttft_requests_total')} > 0)"
     return [
         series(
             "Tokens by adapter",
@@ -129,21 +129,20 @@ def _top() -> list[Panel]:
             "Waited for loading",
             "Seconds that requests waited for each adapter, in the chosen time.",
             "s",
-            f"topk(20, sum by ({BOTH}) (increase({of(wait, CHOSEN)}[$__range])))",
+            f"topk(20, {_in_all(wait)})",
         ),
         ranking(
             "Mean time to first token",
             "By adapter, in the chosen time: who is slow.",
             "s",
-            f"topk(20, sum by ({BOTH}) (increase({of(ttft, CHOSEN)}[$__range])) / sum by ({BOTH})"
-            f" (increase({of('onebase_adapter_ttft_requests_total', CHOSEN)}[$__range])))",
+            f"topk(20, {_in_all(ttft)} / ({_in_all('onebase_adapter_ttft_requests_total')} > 0))",
         ),
         ranking(
             "Share of requests that found it cold",
             "By adapter, in the chosen time. Near 1 with many requests: pin it, or give it room.",
             "percentunit",
-            f"topk(20, sum by ({BOTH}) (increase({of('onebase_adapter_cold_starts_total', CHOSEN)}[$__range]))"
-            f" / sum by ({BOTH}) (increase({of('onebase_adapter_requests_total', CHOSEN)}[$__range])))",
+            f"topk(20, {_in_all('onebase_adapter_cold_starts_total')}"
+            f" / ({_in_all('onebase_adapter_requests_total')} > 0))",
         ),
         series(
             "Why a first token is late, by adapter",
@@ -164,6 +163,11 @@ def _top() -> list[Panel]:
 
 def _by(metric: str, more: str = "") -> str:
     return f"sum by ({BOTH}) ({rate(metric, CHOSEN + (',' + more if more else ''))})"
+
+
+def _in_all(metric: str) -> str:
+    """What it grew by in the chosen time."""
+    return f"sum by ({BOTH}) (increase({of(metric, CHOSEN)}[$__range]))"
 
 
 def _sum(metric: str, more: str = "") -> str:

@@ -56,6 +56,7 @@ def _now() -> list[Panel]:
             "1 while the engine's thread lives and is not stuck in a step.",
             "none",
             f"min({of('onebase_engine_stepping')})",
+            least=1,
         ),
     ]
 
@@ -64,9 +65,9 @@ def _steps() -> list[Panel]:
     return [
         series(
             "Where the engine's time goes",
-            "Seconds of each second, by what the engine's thread did. Idle is what is free.",
+            "Seconds of each second, by what the engine's thread did, the mean of the servers. Idle is what is free.",
             "percentunit",
-            (total("onebase_engine_step_part_seconds_total", by="part"), "{{part}}"),
+            (f"avg by (part) ({rate('onebase_engine_step_part_seconds_total')})", "{{part}}"),
             stacked=True,
         ),
         series(

@@ -74,11 +74,19 @@ def series(
 
 
 def number(
-    title: str, text: str, unit: str, query: str, *, warn: float | None = None, bad: float | None = None, width: int = 4
+    title: str,
+    text: str,
+    unit: str,
+    query: str,
+    *,
+    warn: float | None = None,
+    bad: float | None = None,
+    least: float | None = None,
+    width: int = 4,
 ) -> stat.Panel:
-    """The latest value of one query, with its course behind it."""
+    """The latest value of one query, with its course behind it. Below `least` it is red."""
     panel = stat.Panel().title(title).description(text).unit(unit).datasource(_SOURCE).span(width).height(4)
-    panel = panel.thresholds(_thresholds(warn, bad)).reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
+    panel = panel.thresholds(_thresholds(warn, bad, least)).reduce_options(ReduceDataOptions().calcs(["lastNotNull"]))
     return panel.with_target(_targets([(query, "")])[0].range())
 
 
@@ -143,8 +151,10 @@ def _targets(queries: Sequence[Query]) -> list[prometheus.Dataquery]:
     ]
 
 
-def _thresholds(warn: float | None, bad: float | None) -> ThresholdsConfig:
-    steps = [Threshold(value=None, color="green")]
+def _thresholds(warn: float | None, bad: float | None, least: float | None = None) -> ThresholdsConfig:
+    steps = [Threshold(value=None, color="green" if least is None else "red")]
+    if least is not None:
+        steps.append(Threshold(value=least, color="green"))
     steps += [Threshold(value=at, color=color) for at, color in ((warn, "#EAB839"), (bad, "red")) if at is not None]
     return ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 

@@ -28,6 +28,13 @@ def test_every_panel_says_what_it_shows(page: expressions.Path) -> None:
         assert [target["expr"] for target in panel["targets"] if target["expr"]], panel["title"]
 
 
+def test_what_is_gone_is_not_shown_in_green() -> None:
+    found = {panel["title"]: panel for page in expressions.PAGES for panel in expressions.panels(page)}
+    for title in ("Servers", "Stepping"):
+        steps = found[title]["fieldConfig"]["defaults"]["thresholds"]["steps"]
+        assert [(one["value"], one["color"]) for one in steps] == [(None, "red"), (1, "green")], title
+
+
 @pytest.mark.parametrize("page", expressions.PAGES, ids=lambda path: path.stem)
 def test_no_panel_lies_over_another(page: expressions.Path) -> None:
     taken: set[tuple[int, int]] = set()
