@@ -18,6 +18,7 @@ def adapters() -> dashboard.Dashboard:
         Row("Tiers", _tiers()),
         Row("Cold starts and churn", _churn()),
         Row("Which adapters", _top()),
+        Row("Why a first token is late", _late()),
     ]
     text = "Where the adapters are, which ones are loaded over and over, and what their requests wait for."
     return page("onebase-adapters", "Adapters", text, rows, ("tenant", "adapter"))
@@ -45,9 +46,9 @@ def _now() -> list[Panel]:
         ),
         number(
             "Loading, p95",
-            "What 95 of 100 loads into a device slot take at most, wherever the adapter came from.",
+            "What 95 of 100 requests that found their adapter cold waited for it at most, wherever it came from.",
             "s",
-            quantile(0.95, "onebase_adapter_load_seconds", more='tier="device"'),
+            quantile(0.95, "onebase_request_load_time_seconds"),
             warn=0.5,
             bad=2,
         ),
@@ -108,7 +109,6 @@ def _churn() -> list[Panel]:
 
 def _top() -> list[Panel]:
     wait, ttft = "onebase_adapter_load_wait_seconds_total", "onebase_adapter_ttft_seconds_total"
-    firsts = f"({_by('onebase_adapter_ttft_requests_total')} > 0)"
     return [
         series(
             "Tokens by adapter",
@@ -139,24 +139,45 @@ def _top() -> list[Panel]:
         ),
         ranking(
             "Share of requests that found it cold",
-            "By adapter, in the chosen time. Near 1 with many requests: pin it, or give it room.",
+            "By adapter, in the chosen time. Near 1 with many requests: more slots or RAM, or merge it.",
             "percentunit",
             f"topk(20, {_in_all('onebase_adapter_cold_starts_total')}"
             f" / ({_in_all('onebase_adapter_requests_total')} > 0))",
         ),
+    ]
+
+
+def _late() -> list[Panel]:
+    wait, ttft = "onebase_adapter_load_wait_seconds_total", "onebase_adapter_ttft_seconds_total"
+    firsts = f"({_by('onebase_adapter_ttft_requests_total')} > 0)"
+    return [
         series(
             "Why a first token is late, by adapter",
             "Mean seconds to the first token of the ten slowest adapters.",
             "s",
             (f"topk(10, {_by(ttft)} / {firsts})", NAMES),
-            width=12,
+            width=6,
         ),
         series(
             "... of which waiting for the adapter",
-            "Mean seconds of it spent on loading; what is left is queueing and computing the prompt.",
+            "Mean seconds of it until the adapter was on the device: more slots, more RAM, or a merged lane.",
             "s",
             (f"topk(10, {_by(wait)} / {firsts})", NAMES),
-            width=12,
+            width=6,
+        ),
+        series(
+            "... of which waiting for room",
+            "Mean seconds of it until a step had room: the batch or the KV cache is full, or the tenant had its share.",
+            "s",
+            (f"topk(10, {_by('onebase_adapter_queue_wait_seconds_total')} / {firsts})", NAMES),
+            width=6,
+        ),
+        series(
+            "... of which computing the prompt",
+            "Mean seconds of it from the request's first step: prompts are long, or steps are.",
+            "s",
+            (f"topk(10, {_by('onebase_adapter_prefill_seconds_total')} / {firsts})", NAMES),
+            width=6,
         ),
     ]
 

@@ -105,12 +105,23 @@ def _usage() -> list[Panel]:
 
 
 def _shares() -> list[Panel]:
+    parts = "onebase_tenant_request_part_seconds_total"
     return [
         series(
             "First token by tenant, p95",
             "Who is slow. Compare it with the tenant's waiting sequences and with its limits.",
             "s",
             (quantile(0.95, "onebase_tenant_ttft_seconds", "le,tenant", TENANT), "{{tenant}}"),
+        ),
+        series(
+            "Where a tenant's time goes",
+            "Mean seconds of its requests: waiting for the adapter or for room, computing the prompt, generating.",
+            "s",
+            (
+                f"sum by (tenant, part) ({rate(parts, TENANT)}) / on (tenant) group_left ()"
+                f" ({_by('onebase_tenant_requests_total', TENANT)} > 0)",
+                "{{tenant}}: {{part}}",
+            ),
         ),
         series(
             "Sequences by tenant",
@@ -132,14 +143,12 @@ def _shares() -> list[Panel]:
             "none",
             (of("onebase_fairness_index"), "{{instance}}"),
             most=1,
-            width=12,
         ),
         series(
             "Refused by the queue",
             "Requests a second that found the queue full, by whose part of it was full.",
             "reqps",
             (total("onebase_queue_refusals_total", by="reason"), "{{reason}}"),
-            width=12,
         ),
     ]
 

@@ -11,6 +11,7 @@ from server.engine.stats import ShareFigures
 from server.metrics.families import Family
 from server.metrics.traffic import OTHER, OUTCOMES, AdapterTraffic, Shown, TenantTraffic
 
+PARTS = ("load", "queue", "prefill", "decode")  # of a request's time
 KINDS = ("prompt", "cached", "completion")  # of tokens
 
 _of_adapter = partial(Family, "counter", labels=("tenant", "adapter"))
@@ -41,6 +42,10 @@ FIRST_SECONDS = _of_adapter(
 FIRSTS = _of_adapter("onebase_adapter_ttft_requests", "Requests that had a first token.", "requests")
 COLD = _of_adapter("onebase_adapter_cold_starts", "Requests whose adapter was not on the device.", "requests")
 LOAD = _of_adapter("onebase_adapter_load_wait_seconds", "What these waited for it.", "seconds")
+QUEUE = _of_adapter(
+    "onebase_adapter_queue_wait_seconds", "What requests waited for room in a step, adapter at hand.", "seconds"
+)
+PREFILL = _of_adapter("onebase_adapter_prefill_seconds", "From requests' first steps to their first tokens.", "seconds")
 DECODE = _of_adapter("onebase_adapter_decode_seconds", "From the first token to the end, of all requests.", "seconds")
 
 TENANT_REQUESTS = Family(
@@ -58,6 +63,13 @@ TENANT_COST = _of_tenant(
     "onebase_tenant_cost_microusd",
     "What these cost; stored adapters and merged lanes come on top of it on the bill.",
     "micro-dollars",
+)
+TENANT_PARTS = Family(
+    "counter",
+    "onebase_tenant_request_part_seconds",
+    "Where the time of these went: load (waiting for the adapter), queue (for room in a step), prefill, decode.",
+    "seconds",
+    ("tenant", "part"),
 )
 TENANT_FIRST = _of_tenant(
     "histogram", "onebase_tenant_ttft_seconds", "From submission to the first token, counted at the end.", "seconds"
@@ -90,6 +102,8 @@ def families(shown: Shown, shares: Mapping[str, ShareFigures]) -> Iterator[Metri
         (FIRSTS, "firsts"),
         (COLD, "cold"),
         (LOAD, "load_seconds"),
+        (QUEUE, "queue_seconds"),
+        (PREFILL, "prefill_seconds"),
         (DECODE, "decode_seconds"),
     ):
         yield family.by({name: getattr(one, part) for name, one in adapters})
@@ -109,6 +123,7 @@ def _tenants(tenants: Sequence[tuple[str, TenantTraffic]]) -> Iterator[Metric]:
     yield TENANT_REQUESTS.by(_parts(whole, OUTCOMES))
     yield TENANT_TOKENS.by(_parts(whole, KINDS))
     yield TENANT_COST.by({name: one.cost for name, one in whole})
+    yield TENANT_PARTS.by({(*name, part): getattr(one, f"{part}_seconds") for name, one in whole for part in PARTS})
     yield TENANT_FIRST.histograms(((name,), one.first) for name, one in tenants)
     yield REFUSALS.by({(name, code): count for name, one in tenants for code, count in one.refused.items()})
     yield SERVED.by({name: one.served for name, one in tenants})

@@ -30,6 +30,8 @@ class AdapterTraffic:
     first_seconds: float = 0.0
     cold: int = 0
     load_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     def absorb(self, other: AdapterTraffic) -> None:
@@ -50,6 +52,8 @@ class AdapterTraffic:
         if done.residency.cold:
             self.cold += 1
             self.load_seconds += done.times.load or 0.0
+        self.queue_seconds += done.times.queue or 0.0
+        self.prefill_seconds += done.times.prefill or 0.0
         self.decode_seconds += done.times.decode or 0.0
 
 

@@ -88,8 +88,8 @@ def test_five_thousand_adapters_make_a_bounded_number_of_series_with_exact_sums(
                 sums[one.name, one.labels.get("kind") or one.labels.get("outcome") or one.labels.get("le")] += one.value
             assert all(value >= before[key] for key, value in sums.items()), "no sum falls"
             before = sums
-    # Series: outcomes, kinds, the rest; outcomes, kinds, cost; buckets, sum and count, …
-    per_adapter, per_tenant = 3 + 3 + 6, 3 + 3 + 1 + 10 + 2 + 1 + 2
+    # Series: outcomes, kinds, the rest; outcomes, kinds, cost, parts; buckets, sum and count, …
+    per_adapter, per_tenant = 3 + 3 + 8, 3 + 3 + 1 + 4 + 10 + 2 + 1 + 2
     assert largest <= (most + 1) * (per_adapter + per_tenant)
     assert {kind: sums["onebase_adapter_tokens_total", kind] for kind in ("prompt", "cached", "completion")} == {
         kind: wanted[kind] for kind in ("prompt", "cached", "completion")
@@ -157,9 +157,17 @@ def test_cold_starts_and_refusals_are_counted_by_whose_they_are() -> None:
     found = {(one.name, one.labels.get("tenant")): one.value for one in Shown(traffic).samples() if one.value}
     assert found["onebase_adapter_cold_starts_total", "acme"] == 1
     assert found["onebase_adapter_load_wait_seconds_total", "acme"] == 0.5
+    assert found["onebase_adapter_queue_wait_seconds_total", "acme"] == 0.5
+    assert found["onebase_adapter_prefill_seconds_total", "acme"] == 0.5
     assert found["onebase_adapter_decode_seconds_total", "acme"] == 4.0
     assert found["onebase_adapter_ttft_seconds_total", "acme"] == 2.0
     assert found["onebase_tenant_limit_refusals_total", "acme"] == 1
+    parts = {
+        one.labels["part"]: one.value
+        for one in Shown(traffic).samples()
+        if one.name == "onebase_tenant_request_part_seconds_total" and one.labels["tenant"] == "acme"
+    }
+    assert parts == {"load": 0.5, "queue": 0.5, "prefill": 0.5, "decode": 4.0}
 
 
 def test_jains_index() -> None:
