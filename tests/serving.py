@@ -48,7 +48,7 @@ class Server:
         self.settings = Settings(base=str(base), data_dir=data_dir, port=0, **{**defaults, **settings})
         self.app = create_app(self.settings)
         self.state = self.app.state.onebase
-        self._socket = socket.socket()
+        self._socket = socket.socket(proto=socket.IPPROTO_TCP)  # as asyncio asks for, to set TCP_NODELAY
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         quiet = {"log_level": "warning", "access_log": False, "timeout_graceful_shutdown": 2}

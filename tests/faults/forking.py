@@ -31,7 +31,7 @@ def main(**settings: Any) -> None:
     made = Settings(**settings)
     children = []
     for _ in sys.stdin:
-        listening = socket.socket()
+        listening = socket.socket(proto=socket.IPPROTO_TCP)  # see tests/serving.py
         listening.bind(("127.0.0.1", 0))
         child = os.fork()
         if not child:
