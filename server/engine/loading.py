@@ -264,9 +264,10 @@ class AdapterLoader:
             weights = self._upload(weights)
             seconds = monotonic() - start
         except OnebaseError as fault:
+            log.warning("%s", fault, exc_info=fault.__cause__)
             self._post(Loaded(key, None, fault))
         except Exception:  # whatever it is, the requests that wait for it must end
-            log.exception("loading an adapter failed")
+            log.exception("loading the adapter %s failed", key)
             self._post(Loaded(key, None, AdapterUnavailable("the adapter could not be loaded")))
         else:
             self._post(Loaded(key, weights, None, seconds))

@@ -59,7 +59,7 @@ class Loading:
     def fetch(self, digest: str) -> AdapterWeights:
         self.fetched.append(digest)
         if digest in self.broken:
-            raise AdapterUnavailable("damaged")
+            raise AdapterUnavailable(f"{digest} is damaged") from OSError(5, "Input/output error")
         return AdapterWeights(digest, {}, 1, SIZE)
 
     def request(self, digest: str) -> Request:
@@ -368,3 +368,15 @@ def test_a_fetch_that_has_begun_is_not_begun_for_another_that_waits() -> None:
     one.loader.give_up(running)
     one.settle()
     assert waiting.ready
+
+
+def test_the_log_says_why_an_adapter_could_not_be_loaded(caplog: pytest.LogCaptureFixture) -> None:
+    one = Loading(1)
+    one.broken.add("a")
+    request = one.request("a")
+    one.settle()
+    assert one.failed == [request]
+    (line,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert line.getMessage() == "a is damaged"
+    assert line.exc_info
+    assert isinstance(line.exc_info[1], OSError)
