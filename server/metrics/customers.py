@@ -9,7 +9,7 @@ from prometheus_client.core import Metric
 
 from server.engine.stats import ShareFigures
 from server.metrics.families import Family
-from server.metrics.traffic import OTHER, OUTCOMES, AdapterTraffic, Shown, TenantTraffic
+from server.metrics.traffic import OTHER, OUTCOMES, REFUSED, AdapterTraffic, Shown, TenantTraffic
 
 PARTS = ("load", "queue", "prefill", "decode")  # of a request's time
 KINDS = ("prompt", "cached", "completion")  # of tokens
@@ -125,7 +125,9 @@ def _tenants(tenants: Sequence[tuple[str, TenantTraffic]]) -> Iterator[Metric]:
     yield TENANT_COST.by({name: one.cost for name, one in whole})
     yield TENANT_PARTS.by({(*name, part): getattr(one, f"{part}_seconds") for name, one in whole for part in PARTS})
     yield TENANT_FIRST.histograms(((name,), one.first) for name, one in tenants)
-    yield REFUSALS.by({(name, code): count for name, one in tenants for code, count in one.refused.items()})
+    yield REFUSALS.by(
+        {(name, code): one.refused[code] for name, one in tenants for code in dict.fromkeys((*REFUSED, *one.refused))}
+    )
     yield SERVED.by({name: one.served for name, one in tenants})
 
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from prometheus_client.core import Metric
 
 from server.metrics.families import Family
+from server.metrics.traffic import REFUSED
 
 
 class LedgerFigures(Protocol):
@@ -70,7 +71,7 @@ def families(ledger: LedgerFigures, admission: AdmissionFigures, outbox: OutboxF
     yield QUEUED.of(ledger.queued)
     yield COMMITS.of(ledger.commits)
     yield FAILURES.of(ledger.failures)
-    yield REFUSALS.by(dict(admission.refused))
+    yield REFUSALS.by({**dict.fromkeys(REFUSED, 0), **admission.refused})
     yield SOFT.of(admission.soft_warnings)
     if outbox is not None:
         yield OLDEST.of(outbox.oldest_seconds)

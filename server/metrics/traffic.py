@@ -12,6 +12,8 @@ from server.metrics.top import Top
 BASE, OTHER = "(base)", "other"  # no adapter's name has parentheses; a tenant called `other` is counted with the rest
 FIRST = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 OUTCOMES = ("finished", "cancelled", "error")
+# Shown as 0 from the beginning: no `increase()` sees the first of what appears with it. Others appear when they come.
+REFUSED = ("requests_limit", "tokens_limit", "parallel_limit", "budget_exhausted", "queue_share", "uploads_limit")
 
 
 @dataclass(slots=True)

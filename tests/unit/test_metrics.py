@@ -19,7 +19,7 @@ from server.metrics import customers, page
 from server.metrics.fairness import Fairness, jain
 from server.metrics.families import FAMILIES, Family
 from server.metrics.http import CountResponses, Responses, route, status
-from server.metrics.traffic import Traffic
+from server.metrics.traffic import REFUSED, Traffic
 
 UNITS = {
     "1", "adapters", "answers", "blocks", "byte seconds", "bytes", "calls", "commits", "copies", "entries", "events",
@@ -88,8 +88,8 @@ def test_five_thousand_adapters_make_a_bounded_number_of_series_with_exact_sums(
                 sums[one.name, one.labels.get("kind") or one.labels.get("outcome") or one.labels.get("le")] += one.value
             assert all(value >= before[key] for key, value in sums.items()), "no sum falls"
             before = sums
-    # Series: outcomes, kinds, the rest; outcomes, kinds, cost, parts; buckets, sum and count, …
-    per_adapter, per_tenant = 3 + 3 + 8, 3 + 3 + 1 + 4 + 10 + 2 + 1 + 2
+    # Series: outcomes, kinds, the rest; outcomes, kinds, cost, parts; buckets, sum and count, …, refusals
+    per_adapter, per_tenant = 3 + 3 + 8, 3 + 3 + 1 + 4 + 10 + 2 + 1 + 2 + len(REFUSED)
     assert largest <= (most + 1) * (per_adapter + per_tenant)
     assert {kind: sums["onebase_adapter_tokens_total", kind] for kind in ("prompt", "cached", "completion")} == {
         kind: wanted[kind] for kind in ("prompt", "cached", "completion")
@@ -168,6 +168,17 @@ def test_cold_starts_and_refusals_are_counted_by_whose_they_are() -> None:
         if one.name == "onebase_tenant_request_part_seconds_total" and one.labels["tenant"] == "acme"
     }
     assert parts == {"load": 0.5, "queue": 0.5, "prefill": 0.5, "decode": 4.0}
+
+
+def test_refusals_are_shown_before_the_first_for_rates_to_see_it() -> None:
+    traffic = Traffic(2)
+    traffic.ended("acme", None, done(10, 5), 7, Prices())
+    traffic.refused("acme", "a_new_one")
+    samples = [one for one in Shown(traffic).samples() if one.name == "onebase_tenant_limit_refusals_total"]
+    assert {one.labels["code"]: one.value for one in samples if one.labels["tenant"] == "acme"} == {
+        **dict.fromkeys(REFUSED, 0),
+        "a_new_one": 1,
+    }
 
 
 def test_jains_index() -> None:
