@@ -27,6 +27,7 @@ from server.tenants.tenant import Principal
 log = logging.getLogger("onebase.api")
 PROMPT_CHARACTERS = 4_000  # of a prompt, in its log line
 _NAME = re.compile(ADAPTER_NAME)
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _CARRIED = ("traceparent", "tracestate")  # W3C Trace Context
 
 
@@ -191,7 +192,9 @@ class Trails:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        trail = scope.setdefault("state", {})["trail"] = Trail(scope["method"], scope, self._tell)
+        # What a client makes up stays out of it, as in OpenTelemetry's conventions.
+        method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
+        trail = scope.setdefault("state", {})["trail"] = Trail(method, scope, self._tell)
         bind_contextvars(request_id=trail.request_id)  # other lines of this request's task say it too
 
         async def seen(message: Message) -> None:

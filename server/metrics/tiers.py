@@ -80,6 +80,11 @@ MERGED_SECONDS = Family(
     "byte seconds",
 )
 CHANGES = Family("counter", "onebase_lane_changes", "Copies made and given up.", "copies", ("change", "reason"))
+# Shown as 0 from the beginning: no `increase()` sees the first of what appears with it.
+_CHANGES = [
+    *(("merge", reason) for reason in ("asked", "alone", "throughput", "latency")),
+    *(("unmerge", reason) for reason in ("asked", "no_gain", "made_way")),
+]
 
 
 def families(stats: Stats, ram: RamTier, registered: int, merged_capacity: int) -> Iterator[Metric]:
@@ -101,4 +106,4 @@ def families(stats: Stats, ram: RamTier, registered: int, merged_capacity: int) 
     yield MERGED.of(stats.merged_bytes)
     yield MOST_MERGED.of(merged_capacity)
     yield MERGED_SECONDS.of(stats.merged_byte_seconds)
-    yield CHANGES.by(dict(stats.lane_changes))
+    yield CHANGES.by({**dict.fromkeys(_CHANGES, 0), **stats.lane_changes})

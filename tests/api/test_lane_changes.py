@@ -148,6 +148,8 @@ def test_what_was_merged_without_being_asked_for_is_its_owners_to_change(server,
     """A new version starts in the shared lane and the old copy goes; pinning asks for a lane; `shared` ends it."""
     server.put("helped", adapters[0])
     copies, ref = server.engine._merged, registry_ref(server, "helped")
+    before = server.http.get("/metrics").text
+    assert 'onebase_lane_changes_total{change="merge",reason="latency"} 0.0' in before, "a rate sees the first one"
     on_the_engine(server, lambda: copies.volunteer(ref, "alone"))
     until(lambda: server.http.get("/adapters/helped").json()["lane"] == "merged")
     assert 'onebase_merged_copies{by="auto"} 1.0' in server.http.get("/metrics").text

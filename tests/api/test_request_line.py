@@ -109,6 +109,9 @@ def test_what_is_no_generation(server, lines):
         assert (line["method"], line.get("route"), line["status"], line["outcome"]) == (method, route, status, outcome)
     assert [lines.of(f"c{number}").get("adapter") for number in range(3)] == ["a", "nobody", None]
     assert "ob_1_2" not in lines.path.read_text()
+    server.http.request("MADEUP", "/v1/usage", headers={"x-request-id": "c9"})
+    assert (lines.of("c9")["method"], lines.of("c9")["status"]) == ("_OTHER", 405)
+    assert "MADEUP" not in lines.path.read_text()
 
 
 def test_probes_are_not_worth_a_line(server, lines):
