@@ -22,6 +22,10 @@ AHEAD = 4.0
 # What a step costs beside its tokens, as a part of the largest step's tokens. Each tenant in a step is charged for it
 # as if it were alone there; else one row of one tenant would hold all the others to one row as well.
 OVERHEAD = 1 / 64
+# What reading its context adds to what a token costs, as a part of its price for each token that is read: the keys and
+# values of some thousand take about as long as the products. Those of a prompt's piece are read for all of it together.
+CONTEXT = 1 / 1024
+TOGETHER = 0.15
 # A token costs at least so much of the dearest there is, or one at no price would be served for ever.
 CHEAPEST = 0.01
 # How far a counter may be from the clock, in full steps. Further away is who was served in a lane of its own, or waited
@@ -127,13 +131,14 @@ class Shares:
         end = sequence.computed + count
         price, tokens = (submit.prices.completion, 1) if end == len(sequence.tokens) else (0.0, 0)
         length = sequence.prompt_length
+        reading = CONTEXT * sequence.computed * (1.0 if count == 1 else TOGETHER)
         if sequence.charged < length:
             new = min(end, length) - max(sequence.charged, sequence.computed)
             if new > 0:
                 price += 0.0 if sequence.index else new * submit.prices.prompt
                 tokens += new
                 sequence.charged = min(end, length)
-        self._charge(self._tenants[submit.tenant], price, tokens)
+        self._charge(self._tenants[submit.tenant], price, tokens, 1 + reading)
 
     def begin(self, wanted: dict[Account, int], prompts: Collection[Account] = ()) -> None:
         """A step begins in which these tenants could have so many tokens each, with `prompts` among them. Who is behind
@@ -241,9 +246,9 @@ class Shares:
                 return one.place[0], self.over(tenant), tenant.counter, one.order, one, tenant, rest
         return None
 
-    def _charge(self, tenant: Account, price: float, tokens: int) -> None:
+    def _charge(self, tenant: Account, price: float, tokens: int, reading: float = 1.0) -> None:
         tenant.served += price
-        cost, least = price / tenant.weight, CHEAPEST * self._dearest * tokens
+        cost, least = price / tenant.weight * reading, CHEAPEST * self._dearest * tokens
         cost = (cost if cost > least else least) * tenant.factor
         tenant.counter += cost
         self._clock += cost * tenant.weight / self._weights

@@ -16,7 +16,7 @@ from server.engine.lanes import SHARED
 from server.engine.messages import Prices, Sampling, Submit
 from server.engine.room import MOST
 from server.engine.scheduler import Scheduler
-from server.engine.shares import AHEAD
+from server.engine.shares import AHEAD, CONTEXT
 from tests.firstcome import FirstCome
 from tests.unit.test_scheduler import SIZE, FakeRequest, FakeSequence, FakeSubmit, finish, orders, scheduler_of, step
 
@@ -70,6 +70,27 @@ def test_prompts_outputs_and_known_beginnings_have_their_prices() -> None:
     scheduler.add(again)
     step(scheduler)
     assert served(scheduler)["b"] == pytest.approx(8 * 0.1 + 2 * 1.0 + 2.0)
+
+
+def test_who_reads_more_context_is_further_ahead_but_has_been_served_no_more() -> None:
+    """Its steps take longer; the bill knows nothing of that."""
+    scheduler = scheduler_of(blocks=2000)
+    long, short = row(0, 200, "long", end=1200), row(1, 200, "short", end=1200)
+    scheduler.add(long)
+    scheduler.add(short)
+    shares = scheduler.shares
+    for _ in range(20):  # the prompts
+        step(scheduler)
+    counters, before = {one: shares.of(one).counter for one in (long, short)}, served(scheduler)
+    long.tokens += [0] * 800
+    long.computed += 800
+    for _ in range(20):
+        shares.charge(long, 1)
+        shares.charge(short, 1)
+    read, other = (shares.of(one).counter - counters[one] for one in (long, short))
+    assert read / other == pytest.approx((1 + CONTEXT * long.computed) / (1 + CONTEXT * short.computed))
+    after = served(scheduler)
+    assert after["long"] - before["long"] == after["short"] - before["short"] > 0
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
