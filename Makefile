@@ -28,8 +28,13 @@ demo: setup
 # The ledger's own tests run on both databases in the first of these; so do those that reach it over HTTP, by the second.
 ON_BOTH := $(addprefix tests/api/test_,tenants.py quotas.py ownership_http.py held.py start.py events_http.py) tests/e2e/test_cli_tenants.py
 
+# One core each; the others start servers, which have both cores, and take turns.
+COMPUTING := tests/unit tests/equivalence tests/property
+SERVING := tests/tenants tests/faults tests/api tests/monitoring tests/e2e tests/gpu
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(COMPUTING)
+	$(BIN)/python -m pytest $(SERVING)
 	$(BIN)/python -m pytest --database postgresql $(ON_BOTH)
 
 test-postgresql: setup

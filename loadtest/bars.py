@@ -57,6 +57,10 @@ def bars(results: Path) -> Iterator[Bar]:
         yield Bar(f"{dtype}: AUTO_MERGE on / off, Zipf 1.5", run["zipf"]["on / off"], run["commit"], 0.98)
     for dtype in measured(results, "tenants"):
         yield from _tenants(_read(results, f"tenants-{dtype}"))
+    for dtype in measured(results, "metrics"):
+        run = _read(results, f"metrics-{dtype}")
+        share = run["streams"]["counted / uncounted"]
+        yield Bar(f"{dtype}: 16 streams with the metrics / without", share, run["commit"], 0.99)
 
 
 def bars_table(results: Path) -> str:
@@ -110,28 +114,37 @@ def _steps(run: dict[str, Any]) -> Iterator[Bar]:
 
 
 def _lanes(run: dict[str, Any]) -> Iterator[Bar]:
-    dtype, beside, flood, at = run["dtype"], run["beside"], run["flood"], run["commit"]
+    dtype, beside, flood, at = run["dtype"], run["beside"], run["flood"], _commit(run, "beside")
     gap, others = beside["merged / shared gap_p50"], beside["the others' tokens_per_s, merged / shared"]
     yield Bar(f"{dtype}: one merged row beside 15, time between tokens / in the shared lane", gap, at, at_most=0.75)
     yield Bar(f"{dtype}: the 15 others' tokens/s / without the merged lane", others, at, 0.5)
-    tail = flood["gap_p99 / gap_p50"]
+    tail, at = flood["gap_p99 / gap_p50"], _commit(run, "flood")
     yield Bar(f"{dtype}: merged under a flood of prompts, p99 / median between tokens", tail, at, at_most=2)
     # Under the flood the usual time between tokens is that of a merged step and of one chunk.
     chunk, later = flood["gap_p50_ms"] - flood["alone_gap_p50_ms"], flood["ttft_p50_ms"] - flood["alone_ttft_p50_ms"]
     yield Bar(f"{dtype}: its first token under the flood, later than alone / one chunk", later / chunk, at, at_most=1)
+    at = _commit(run, "whole")
     yield Bar(f"{dtype}: 16 of 16 rows merged / base", run["whole"]["merged / base"], at, 0.98)
-    alone, at = run["alone"]["gap, merged / base"], run.get("again", {}).get("alone", run)["commit"]
+    alone, at = run["alone"]["gap, merged / base"], _commit(run, "alone")
     yield Bar(f"{dtype}: alone and merged, time between tokens / base", alone, at, at_most=1.02)
 
 
 def _tenants(run: dict[str, Any]) -> Iterator[Bar]:
-    dtype, at = run["dtype"], run["commit"]
+    dtype, at = run["dtype"], _commit(run, "fair")
     for count, found in run["fair"].items():
         what = f"{dtype}: {count} streams of a tenant beside another's flood / alone"
         yield Bar(f"{what}, tokens/s", found["tokens_per_s, beside / alone"], at, 0.45)
         yield Bar(f"{what}, p99 to the first token", found["ttft_p99, beside / alone"], at, at_most=2)
-    yield Bar(f"{dtype}: AUTH on, ms added to a request", run["auth"]["on - off, ms"], at, at_most=1)
-    yield Bar(f"{dtype}: 16 streams with the ledger / without", run["metering"]["metered / unmetered"], at, 0.98)
+    added, at = run["auth"]["on - off, ms"], _commit(run, "auth")
+    yield Bar(f"{dtype}: AUTH on, ms added to a request", added, at, at_most=1)
+    share, at = run["metering"]["metered / unmetered"], _commit(run, "metering")
+    yield Bar(f"{dtype}: 16 streams with the ledger / without", share, at, 0.98)
+
+
+def _commit(run: dict[str, Any], part: str) -> str:
+    """Where a part was measured, which may be again."""
+    commit: str = run.get("again", {}).get(part, run)["commit"]
+    return commit
 
 
 def _paired(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
