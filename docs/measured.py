@@ -117,8 +117,9 @@ def counting_table() -> str:
     rows = [
         (run["dtype"], what, name, f"{value:.4g}")
         for run in runs
-        for what in ("streams", "scrape")
+        for what in ("step", "streams", "scrape")
         for name, value in run[what].items()
     ]
-    stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
+    once = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
+    stamps = "\n".join(f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in once)
     return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"

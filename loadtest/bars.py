@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loadtest import comparison
+from loadtest import comparison, pairs
 from loadtest.markdown import number, table
 from loadtest.peers import engine
 
@@ -59,8 +59,10 @@ def bars(results: Path) -> Iterator[Bar]:
         yield from _tenants(_read(results, f"tenants-{dtype}"))
     for dtype in measured(results, "metrics"):
         run = _read(results, f"metrics-{dtype}")
-        share = run["streams"]["counted / uncounted"]
-        yield Bar(f"{dtype}: 16 streams with the metrics / without", share, run["commit"], 0.99)
+        streams, at = run["streams"], _commit(run, "streams")
+        yield Bar(f"{dtype}: 16 streams with the metrics / without", streams["counted / uncounted"], at, 0.99)
+        share = run["step"]["us"] / 1e6 * streams["counted_tokens_per_s"] / pairs.ROWS
+        yield Bar(f"{dtype}: counting a step of 16 rows / its time", share, _commit(run, "step"), at_most=0.01)
 
 
 def bars_table(results: Path) -> str:

@@ -28,7 +28,7 @@ from loadtest.client import Client, Trace
 from loadtest.compare import RESULTS
 from loadtest.dialects import Onebase
 from loadtest.peers.onebase import serve
-from loadtest.stamp import stamp
+from loadtest.stamp import again, stamp
 from loadtest.workload import Request
 from server.model.bundled import materialise
 
@@ -132,9 +132,7 @@ def main() -> None:
     path, only = arguments.out / f"lanes-{arguments.dtype}.json", arguments.only
     report = measure(arguments.dtype, (only,) if only else tuple(PARTS))
     if only:
-        again = {name: report[name] for name in ("when", "commit", "command")}
-        before = json.loads(path.read_text())
-        report = {**before, only: report[only], "again": {**before.get("again", {}), only: again}}
+        report = again(json.loads(path.read_text()), report, (only,))
     text = json.dumps(report, indent=2)
     path.write_text(text + "\n")
     print(text)

@@ -1,6 +1,7 @@
-"""What the metrics cost: `python -m loadtest.metrics`, over HTTP.
+"""What the metrics cost: `python -m loadtest.metrics`.
 
-- `streams`: 16 streams on the server, and on one that counts nothing (`loadtest/uncounted.py`), by turns.
+- `step`: what is called for a decode step of 16 rows, by itself; two servers of the same code differ by far more.
+- `streams`: 16 streams on the server, and on one that counts nothing (`loadtest/uncounted.py`), by turns, over HTTP.
 - `scrape`: `/metrics` of a server with 5,000 adapters that have all had a request, and how long `/healthz` takes beside
   that and without it: as long as the event loop stands still.
 """
@@ -16,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,12 +25,15 @@ import numpy as np
 
 from loadtest.adapters import Adapter, upload
 from loadtest.compare import RESULTS
-from loadtest.pairs import by_turns
+from loadtest.pairs import ROWS, by_turns
 from loadtest.peers.onebase import serve
-from loadtest.stamp import stamp
+from loadtest.stamp import again, stamp
+from server.engine import clock
+from server.engine.counting import Counting
 from server.model.bundled import materialise
 
 ROUNDS = 15  # pairs of 16 streams
+STEPS = 20_000
 ADAPTERS, SCRAPES = 5_000, 50
 AT_ONCE = 16
 
@@ -42,30 +47,52 @@ class Effort:
 
 
 def main() -> None:
-    """Writes `results/metrics-<dtype>.json` and prints it."""
+    """Writes `results/metrics-<dtype>.json` and prints it. Fewer parts than all take their place in the file that is
+    there, which says so."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="pairs of 16 streams")
     parser.add_argument("--adapters", type=int, default=ADAPTERS, help="registered while /metrics is read")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory")
     arguments = parser.parse_args()
-    found = json.dumps(measure(arguments.dtype, Effort(arguments.rounds, arguments.adapters)), indent=2)
-    (arguments.out / f"metrics-{arguments.dtype}.json").write_text(found + "\n")
+    path, parts = arguments.out / f"metrics-{arguments.dtype}.json", arguments.parts
+    report = measure(arguments.dtype, Effort(arguments.rounds, arguments.adapters), parts)
+    if path.exists() and set(parts) < set(PARTS):
+        report = again(json.loads(path.read_text()), report, parts)
+    found = json.dumps(report, indent=2)
+    path.write_text(found + "\n")
     print(found)
 
 
-def measure(dtype: str, effort: Effort) -> dict[str, Any]:
-    """Both parts, one after the other."""
+def measure(dtype: str, effort: Effort, parts: list[str]) -> dict[str, Any]:
+    """The parts, one after the other."""
     command = f"python -m loadtest.metrics --dtype {dtype}"
     if effort != Effort(ROUNDS, ADAPTERS):
         command += f" --rounds {effort.rounds} --adapters {effort.adapters}"
-    report = {**stamp(command), "dtype": dtype, "streams": streams(dtype, effort.rounds)}
-    return report | {"scrape": scrape(dtype, effort.adapters)}
+    if parts != list(PARTS):
+        command += f" --parts {' '.join(parts)}"
+    return {**stamp(command), "dtype": dtype, **{part: PARTS[part](dtype, effort) for part in parts}}
 
 
-def streams(dtype: str, rounds: int) -> dict[str, float]:
+def step(_dtype: str, _effort: Effort) -> dict[str, float]:
+    """Microseconds a step, whatever the model."""
+    counting: Any = Counting()
+    rows = [SimpleNamespace(last=0.0, request=SimpleNamespace(kind="shared")) for _ in range(ROWS)]
+    work = [SimpleNamespace(count=1)] * ROWS
+    start = time.perf_counter()
+    for at in range(STEPS):
+        for part in clock.PARTS:
+            counting.clock.mark(part)
+        counting.step("shared", 0.03, work)
+        for row in rows:
+            counting.token(row, at * 0.03)
+    return {"us": (time.perf_counter() - start) / STEPS * 1e6}
+
+
+def streams(dtype: str, effort: Effort) -> dict[str, float]:
     """Tokens a second where everything is counted, and where nothing is."""
-    found = by_turns(dtype, {"counted": "server.cli", "uncounted": "loadtest.uncounted"}, rounds)
+    found = by_turns(dtype, {"counted": "server.cli", "uncounted": "loadtest.uncounted"}, effort.rounds)
     low, middle, high = np.quantile(found.ratios(), (0.25, 0.5, 0.75))
     return {f"{name}_tokens_per_s": rate for name, rate in found.rates().items()} | {
         "counted / uncounted": float(middle),
@@ -74,14 +101,14 @@ def streams(dtype: str, rounds: int) -> dict[str, float]:
     }
 
 
-def scrape(dtype: str, adapters: int) -> dict[str, float]:
+def scrape(dtype: str, effort: Effort) -> dict[str, float]:
     """Milliseconds, and the series that there are."""
     folder = materialise()
     with tempfile.TemporaryDirectory() as data:
         process, url = serve(Path(data) / "server", dtype=dtype, device="cpu")
         try:
             with httpx.Client(base_url=url, timeout=120) as http, ThreadPoolExecutor(AT_ONCE) as threads:
-                names = [_put(http, Adapter(at, 1, "attention"), folder) for at in range(adapters)]
+                names = [_put(http, Adapter(at, 1, "attention"), folder) for at in range(effort.adapters)]
                 list(threads.map(lambda name: _ask(http, name), names))
                 alone = _pings(http, lambda: time.sleep(0.02))
                 took: list[float] = []
@@ -90,7 +117,7 @@ def scrape(dtype: str, adapters: int) -> dict[str, float]:
         finally:
             process.stop()
     return {
-        "registered": adapters,
+        "registered": effort.adapters,
         "series": series,
         "ms": statistics.median(took) * 1e3,
         "healthz_max_ms, alone": max(alone) * 1e3,
@@ -134,6 +161,8 @@ def _pings(http: httpx.Client, busy: Any) -> list[float]:
         thread.join()
     return found
 
+
+PARTS = {"step": step, "streams": streams, "scrape": scrape}
 
 if __name__ == "__main__":
     main()

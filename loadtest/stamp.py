@@ -6,12 +6,21 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 
 def stamp(command: str) -> dict[str, str]:
     """What goes into every file of results."""
     return {"when": time.strftime("%Y-%m-%d"), "commit": commit(), "command": command, "machine": machine()}
+
+
+def again(before: dict[str, Any], report: dict[str, Any], parts: Iterable[str]) -> dict[str, Any]:
+    """The earlier report `before` with these parts of `report` in it; its `again` has their stamps."""
+    stamped = {name: report[name] for name in ("when", "commit", "command")}
+    new = {part: report[part] for part in parts}
+    return {**before, **new, "again": {**before.get("again", {}), **dict.fromkeys(new, stamped)}}
 
 
 def machine() -> str:

@@ -27,7 +27,7 @@ from loadtest.compare import RESULTS
 from loadtest.dialects import Onebase
 from loadtest.lanes import Bench, Seen, Stream
 from loadtest.pairs import by_turns, serving
-from loadtest.stamp import stamp
+from loadtest.stamp import again, stamp
 from loadtest.workload import Request
 
 COUNTS = (4, 16)  # closed-loop streams of the tenant that is looked at
@@ -63,10 +63,7 @@ def main() -> None:
     path, parts = arguments.out / f"tenants-{arguments.dtype}.json", arguments.parts
     report = measure(arguments.dtype, effort, parts)
     if path.exists() and set(parts) < set(PARTS):
-        stamped = {name: report[name] for name in ("when", "commit", "command")}
-        before = json.loads(path.read_text())
-        again = {**before.get("again", {}), **dict.fromkeys(parts, stamped)}
-        report = {**before, **{part: report[part] for part in parts}, "again": again}
+        report = again(json.loads(path.read_text()), report, parts)
     text = json.dumps(report, indent=2)
     path.write_text(text + "\n")
     print(text)
