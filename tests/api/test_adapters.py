@@ -288,7 +288,7 @@ def test_a_client_gone_while_uploading_leaves_nothing(server, parts, caplog):
         server.http.put("/adapters/a", content=half(), headers={"content-type": "multipart/form-data; boundary=x"})
     assert server.http.get("/healthz").status_code == 200
     assert digest_of(server) == before
-    assert staged(server) == []
+    until(lambda: not staged(server))  # the server learns of it a moment later
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
