@@ -195,12 +195,14 @@ def flood(bench: Bench) -> dict[str, float]:
 
 
 def whole(bench: Bench) -> dict[str, float]:
-    """All 16 rows on one adapter, shared and merged, against the base."""
-    rates: dict[str, list[float]] = {"base": [], "shared": [], "merged": []}
-    for _ in range(ROUNDS):
-        rates["base"].append(bench.rate([Stream(None, requests=TURNS)] * ROWS))
-        for lane in _lanes(bench):
-            rates[lane].append(bench.rate([Stream(0, requests=TURNS)] * ROWS))
+    """All 16 rows on one adapter, shared and merged, against the base; every other round in the opposite order."""
+    kinds: dict[str, int | None] = {"base": None, "shared": 0, "merged": 0}
+    rates: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for at in range(2 * ROUNDS):
+        for kind in sorted(kinds, reverse=bool(at % 2)):
+            bench.lane(0, "merged" if kind == "merged" else "shared")
+            rates[kind].append(bench.rate([Stream(kinds[kind], requests=TURNS)] * ROWS))
+    bench.lane(0, "shared")
     return {"base_tokens_per_s": statistics.median(rates["base"])} | {
         f"{lane} / base": _paired(rates[lane], rates["base"]) for lane in ("shared", "merged")
     }
