@@ -36,7 +36,8 @@ ROWS, RANK = 16, 8
 LONG = 1024  # tokens of the flood's prompts
 PAIRS, ROUNDS = 60, 3  # of requests alone, and of 16 streams
 SETTLE, WINDOW = 5.0, 15.0  # seconds until endless streams have found their rhythm, and that are then looked at
-FLOODED, TURNS = 8, 2  # requests under the flood and without it, and of each of 16 streams on one adapter
+FLOODED = 8  # requests under the flood and without it
+WHOLE = 12  # turns of 16 streams on one adapter, of a request each: near each other, as the machine's speed wanders
 _numbers = itertools.count()
 
 
@@ -195,13 +196,13 @@ def flood(bench: Bench) -> dict[str, float]:
 
 
 def whole(bench: Bench) -> dict[str, float]:
-    """All 16 rows on one adapter, shared and merged, against the base; every other round in the opposite order."""
+    """All 16 rows on one adapter, shared and merged, against the base; every other turn in the opposite order."""
     kinds: dict[str, int | None] = {"base": None, "shared": 0, "merged": 0}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for at in range(2 * ROUNDS):
+    for at in range(WHOLE):
         for kind in sorted(kinds, reverse=bool(at % 2)):
             bench.lane(0, "merged" if kind == "merged" else "shared")
-            rates[kind].append(bench.rate([Stream(kinds[kind], requests=TURNS)] * ROWS))
+            rates[kind].append(bench.rate([Stream(kinds[kind], requests=1)] * ROWS))
     bench.lane(0, "shared")
     return {"base_tokens_per_s": statistics.median(rates["base"])} | {
         f"{lane} / base": _paired(rates[lane], rates["base"]) for lane in ("shared", "merged")
