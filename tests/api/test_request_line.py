@@ -176,7 +176,7 @@ def test_a_fault_of_our_own(server, lines, monkeypatch):
     assert ask(server, "ours", adapter="a").status_code == 500
     line = lines.of("ours")
     assert (line["outcome"], line["code"], line["status"]) == ("error", "internal_error", 500)
-    (said,) = [one for one in lines.all() if one["event"] == "unexpected fault"]
+    (said,) = until(lambda: [one for one in lines.all() if one["event"] == "unexpected fault"])
     assert said["request_id"] == "ours", "its traceback can be found"
 
 
