@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from docs.words import markdown
 from loadtest import comparison
@@ -69,9 +70,7 @@ def lanes_table() -> str:
         (f"{count} of 16", *(f"{run['crossover'][count]['merged / shared']:.2f}" for run in runs)) for count in counts
     ]
     tables.append(markdown(("rows on one adapter", *(f"{dtype}, its lane / shared" for dtype in dtypes)), rows))
-    stamps = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
-    tables += [f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in stamps]
-    return "\n".join(tables) + "\n"
+    return "\n".join((*tables, _stamps(runs))) + "\n"
 
 
 LANES = {
@@ -94,8 +93,7 @@ def automerge_table() -> str:
             rates = (f"{one['off_tokens_per_s']:.0f}", f"{one['on_tokens_per_s']:.0f}")
             rows.append((f"{run['dtype']}: 16 streams on {name}", *rates, each, f"{made:g}"))
     head = ("streams", "off, tok/s", "on, tok/s", "on / off, by round", "lanes changed by the end of a round, most")
-    stamps = "\n".join(f"`{run['command']}`, commit {run['commit']}, {run['when']}." for run in runs)
-    return f"{markdown(head, rows)}\n{stamps}\n"
+    return f"{markdown(head, rows)}\n{_stamps(runs)}\n"
 
 
 def tenants_table() -> str:
@@ -106,9 +104,7 @@ def tenants_table() -> str:
         parts = {f"{count} streams, alone and beside a flood": found for count, found in run["fair"].items()}
         parts |= {"a tiny request": run["auth"], "16 streams and the ledger": run["metering"]}
         rows += [(run["dtype"], what, name, f"{found[name]:.3g}") for what, found in parts.items() for name in found]
-    once = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
-    stamps = "\n".join(f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in once)
-    return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"
+    return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{_stamps(runs)}\n" if runs else "Not measured yet.\n"
 
 
 def counting_table() -> str:
@@ -120,6 +116,10 @@ def counting_table() -> str:
         for what in ("step", "streams", "scrape")
         for name, value in run[what].items()
     ]
-    once = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
-    stamps = "\n".join(f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in once)
-    return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{stamps}\n" if runs else "Not measured yet.\n"
+    return f"{markdown(('', 'of', 'figure', 'measured'), rows)}\n{_stamps(runs)}\n" if runs else "Not measured yet.\n"
+
+
+def _stamps(runs: list[dict[str, Any]]) -> str:
+    """Where and by which command each of them was measured, and the parts that were measured again."""
+    stamps = [stamp for run in runs for stamp in (run, *run.get("again", {}).values())]
+    return "\n".join(f"`{one['command']}`, commit {one['commit']}, {one['when']}." for one in stamps)
