@@ -34,10 +34,10 @@ from server.model.bundled import materialise
 
 ROWS, RANK = 16, 8
 LONG = 1024  # tokens of the flood's prompts
-PAIRS, ROUNDS = 60, 3  # of requests alone, and of 16 streams
+PAIRS, ROUNDS = 60, 3  # of requests alone, and of endless streams by turns
 SETTLE, WINDOW = 5.0, 15.0  # seconds until endless streams have found their rhythm, and that are then looked at
 FLOODED = 8  # requests under the flood and without it
-WHOLE = 12  # turns of 16 streams on one adapter, of a request each: near each other, as the machine's speed wanders
+WHOLE = 30  # turns of 16 streams on one adapter, of a request each: a turn's speed wanders by a tenth
 _numbers = itertools.count()
 
 
@@ -196,16 +196,21 @@ def flood(bench: Bench) -> dict[str, float]:
 
 
 def whole(bench: Bench) -> dict[str, float]:
-    """All 16 rows on one adapter, shared and merged, against the base; every other turn in the opposite order."""
-    kinds: dict[str, int | None] = {"base": None, "shared": 0, "merged": 0}
+    """All 16 rows on one merged adapter against the base; every other turn in the opposite order."""
+    bench.lane(0, "merged")
+    kinds: dict[str, int | None] = {"base": None, "merged": 0}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     for at in range(WHOLE):
         for kind in sorted(kinds, reverse=bool(at % 2)):
-            bench.lane(0, "merged" if kind == "merged" else "shared")
             rates[kind].append(bench.rate([Stream(kinds[kind], requests=1)] * ROWS))
     bench.lane(0, "shared")
-    return {"base_tokens_per_s": statistics.median(rates["base"])} | {
-        f"{lane} / base": _paired(rates[lane], rates["base"]) for lane in ("shared", "merged")
+    ratios = [one / other for one, other in zip(rates["merged"], rates["base"], strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return {
+        "base_tokens_per_s": statistics.median(rates["base"]),
+        "merged / base": middle,
+        "merged / base, lower quartile": low,
+        "merged / base, upper quartile": high,
     }
 
 
@@ -226,8 +231,11 @@ def crossover(bench: Bench) -> dict[str, dict[str, float]]:
     found = {}
     for rows in (1, 4, 8, 12, 15, 16):
         streams = [Stream(at) for at in [0] * rows + list(range(1, ROWS - rows + 1))]
-        rates = {lane: bench.rate(streams) for lane in _lanes(bench)}
-        found[str(rows)] = {"merged / shared": rates["merged"] / rates["shared"]}
+        rates: dict[str, list[float]] = {"shared": [], "merged": []}
+        for _ in range(ROUNDS):
+            for lane in _lanes(bench):
+                rates[lane].append(bench.rate(streams))
+        found[str(rows)] = {"merged / shared": _paired(rates["merged"], rates["shared"])}
     return found
 
 
