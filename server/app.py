@@ -117,7 +117,7 @@ async def running(state: State, engine: Engine, ledger: type[Ledger] = Ledger) -
         state.registry.withdraw_where(state.accounts.directory.disabled)
         state.client.attach(engine)
         stack.push_async_callback(state.client.close)
-        state.registry.lanes = EngineLanes(state)
+        state.registry.moves.lanes = EngineLanes(state)
         restoring = asyncio.create_task(asyncio.to_thread(restore, state.registry))
         stack.push_async_callback(_ended, restoring)
         await stack.enter_async_context(Sampler(state))

@@ -15,7 +15,6 @@ from time import monotonic
 
 from server.core import AdapterRef
 from server.engine.automerge import AutoMerge
-from server.engine.blocks import chain_seed
 from server.engine.calibrate import calibrate
 from server.engine.counting import Counting
 from server.engine.figures import Figures
@@ -24,7 +23,6 @@ from server.engine.loading import AdapterLoader
 from server.engine.merging import LaneMessage, MergedCopies
 from server.engine.messages import (
     Cancel,
-    Delta,
     Done,
     Event,
     Fetched,
@@ -37,13 +35,11 @@ from server.engine.messages import (
     Times,
     Unmerge,
 )
-from server.engine.sampler import Choice
+from server.engine.requests import Requests
 from server.engine.scheduler import Scheduler, Work
-from server.engine.sequence import Request, Sequence
 from server.engine.steprunner import StepRunner
-from server.engine.text import TextStream
 from server.engine.turns import Turns
-from server.errors import EngineFailure, OnebaseError, Overloaded, UnusableOutput
+from server.errors import EngineFailure, OnebaseError, Overloaded
 from server.lora import cores
 from server.lora.bank import Bank
 from server.lora.merge import MergedCopy
@@ -78,19 +74,19 @@ class Engine:
         self._runner, self._scheduler, self._emit, self._threads = runner, scheduler, emit, threads
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._loader = AdapterLoader(bank, fetch, self._inbox.put, runner.base.device, prefetch_bytes)
-        self._requests: dict[str, Request] = {}
         self._events: list[Event] = []
         self._turns = Turns(scheduler, merged_share)
         self._merged = MergedCopies(
-            runner, fetch, self._inbox.put, self._answer, freed=self._turns.forget, most=merged_bytes
+            runner, fetch, self._inbox.put, self._tell, freed=self._turns.forget, most=merged_bytes
         )
         self._auto_merge = auto_merge
-        self._order = 0
-        self._now = 0.0  # when the step under way began, or the last one ended
         self._fault: OnebaseError | None = None
         self._clock, self._counts = runner.clock, Counting(runner.clock)
         pool = scheduler.pool
         self.stats = Figures(self._counts, blocks=pool.count, block_size=pool.block_size, slots=bank.capacity)
+        self._requests = Requests(
+            runner.base, scheduler, self._loader, self._merged, self._counts, self.stats, self._tell
+        )
         self._started = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="onebase-engine", daemon=True)
@@ -169,11 +165,7 @@ class Engine:
         """Ends what is open, and what was submitted too late. What is submitted after that finds `alive` False."""
         self._closing = True
         self._merged.give_all_up(self._fault)
-        for request in list(self._requests.values()):
-            try:
-                self._end(request, "error", self._fault)
-            except Exception:  # a broken account must not keep the others from ending
-                log.exception("a request could not give back what it held")
+        self._requests.end_all(self._fault)
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, Submit):
@@ -192,11 +184,9 @@ class Engine:
             self._clock.mark("schedule")
             block = False
             if isinstance(message, Submit):
-                self._open(message)
+                self._requests.open(message)
             elif isinstance(message, Cancel):
-                request = self._requests.get(message.id)
-                if request is not None:
-                    self._end(request, "cancelled")
+                self._requests.cancel(message.id)
             elif isinstance(message, Fetched):
                 self._loader.fetched(message)
             elif isinstance(message, LaneMessage):
@@ -204,38 +194,16 @@ class Engine:
                 self._turns.changed(message)
             elif isinstance(message, Loaded):
                 for request in self._loader.arrived(message):
-                    self._end(request, "error", message.fault)
+                    self._requests.end(request, "error", message.fault)
             else:
                 self._fault = message.fault
 
-    def _open(self, submit: Submit) -> None:
-        adapter = submit.adapter.digest if submit.adapter else ""
-        held = self._merged.acquire(submit.adapter) if submit.adapter is not None else None
-        # What a merged lane computes differs in its last bits from what the shared one does.
-        kind = b"merged" if held is not None else b""
-        seed = chain_seed(self._runner.base.info.digest.encode(), adapter.encode(), submit.salt, kind)
-        request = Request(submit, seed, submit.arrived, held=held)
-        self._requests[submit.id] = request
-        if held is not None:
-            request.residency = Residency(merged=True)
-            self._loader.unasked(submit)
-        elif submit.adapter is not None:
-            self._loader.want(request)
-        if request.ready:
-            request.given = request.arrived
-        for index in range(submit.n):
-            self._order += 1
-            text = TextStream(self._runner.base.tokenizer, submit.sampling.stop)
-            sequence = Sequence(request, index, self._order, list(submit.prompt), text)
-            request.sequences.append(sequence)
-            self._scheduler.add(sequence)
-
     def _step(self, work: list[Work], copy: MergedCopy | None) -> bool:
         """Whether it did not fail."""
-        self.stats.step_began = self._now = monotonic()
+        self.stats.step_began = began = monotonic()
         for item in work:
             if item.sequence.request.scheduled is None:
-                item.sequence.request.scheduled = self._now
+                item.sequence.request.scheduled = began
         try:
             choices = self._runner.run(work, copy)
         except Exception:  # a failed step costs the rows that were in it, and nobody else
@@ -243,81 +211,20 @@ class Engine:
             self.stats.failed_steps += 1
             self._counts.failed += 1
             for item in work:
-                self._end(item.sequence.request, "error", EngineFailure("the step that held this request failed"))
+                fault = EngineFailure("the step that held this request failed")
+                self._requests.end(item.sequence.request, "error", fault)
             return False
         finally:
             self.stats.step_began = None
         self._scheduler.computed(work)
         self.stats.steps += 1
         self.stats.failed_steps = 0
-        self._now = monotonic()
+        now = monotonic()
         for item, choice in choices:
-            if item.sequence.finish_reason is None and item.sequence.request.submit.id in self._requests:
-                try:
-                    self._take(item.sequence, choice)
-                except Exception:  # a tokenizer that cannot decode, say: that request's fault alone
-                    log.exception("a token could not be taken")
-                    self._end(item.sequence.request, "error", UnusableOutput("the answer could not be decoded"))
+            self._requests.take(item.sequence, choice, now)
         return True
 
-    def _take(self, sequence: Sequence, choice: Choice) -> None:
-        request, now = sequence.request, self._now
-        if not choice.finite:
-            fault = UnusableOutput("the model's output for this request was not finite", code="not_finite")
-            self._end(request, "error", fault)
-            return
-        if request.first is None:
-            request.first = now
-            self._counts.first(request, now)
-        self._counts.token(sequence, now)
-        self.stats.generated_tokens += 1
-        ended = choice.token in self._runner.base.eos_ids and not request.submit.sampling.ignore_eos
-        text = sequence.take(choice.token, ended=ended)
-        spent = request.submit.most is not None and request.produced >= request.submit.most
-        if spent and not sequence.finish_reason:
-            sequence.finish_reason = "budget"
-        self._tell(sequence, text, [choice])
-        if spent:  # nothing is left for the other answers either, whatever this step has computed for them
-            for other in request.sequences:
-                if not other.finish_reason:
-                    other.finish_reason = "budget"
-                    self._tell(other, "", [])
-        if all(s.finish_reason for s in request.sequences):
-            self._end(request, "finished")
-
-    def _tell(self, sequence: Sequence, text: str, choices: list[Choice]) -> None:
-        """The next event of a sequence, with the rest of its text and its place given back if it has ended."""
-        request = sequence.request
-        if sequence.finish_reason:
-            text += sequence.rest()
-            self._scheduler.remove(sequence)
-        tokens, logprobs = [one.token for one in choices], [one.logprob for one in choices if one.logprob]
-        reason, cached = sequence.finish_reason, request.cached
-        self._events.append(
-            Delta(request.submit.id, sequence.index, text, tokens, logprobs, request.residency, reason, cached)
-        )
-
-    def _end(self, request: Request, outcome: str, error: OnebaseError | None = None) -> None:
-        """The one way a request ends: its Done goes out with the step's events, and everything it holds goes back."""
-        if self._requests.pop(request.submit.id, None) is None:
-            return
-        cached, made, prompt = request.cached, request.produced, request.read
-        times = request.times(monotonic())
-        self._events.append(Done(request.submit.id, outcome, prompt, cached, made, request.residency, error, times))
-        self._counts.ended(request, outcome, times)
-        self.stats.prompt_tokens += prompt
-        self.stats.cached_tokens += cached
-        self.stats.outcomes[outcome] = self.stats.outcomes.get(outcome, 0) + 1
-        for sequence in request.sequences:
-            if sequence.finish_reason is None:
-                self._scheduler.remove(sequence)
-        if request.held is not None:
-            self._merged.release(request.held)
-            request.held = None
-        else:
-            self._loader.give_up(request)
-
-    def _answer(self, event: LaneChanged) -> None:
+    def _tell(self, event: Event) -> None:
         self._events.append(event)
 
     def _at_hand(self, adapter: AdapterRef, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""Names, versions and lanes: which bytes a name means now, to whom, and in which lane it runs.
+"""Names and versions: which bytes a name means now, and to whom.
 
 A version is written to the store before its name record. A bare name means one's own adapter, else the one that another
 tenant has published; whatever is changed is one's own.
@@ -8,7 +8,6 @@ A deleted name is forgotten: put again, it starts at version 1.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,13 +17,13 @@ from typing import Any
 import torch
 
 from server.core import DEFAULT_TENANT, AdapterRef, AdapterVersion, BaseInfo, digest_in
-from server.errors import AdapterNotFound, Conflict, OnebaseError, StorageFailure
+from server.errors import AdapterNotFound
 from server.lora.weights import AdapterWeights, read_adapter
 from server.registry.catalogue import Catalogue
 from server.registry.drafts import Checks, known_base
 from server.registry.etags import check_preconditions
 from server.registry.holds import Lease
-from server.registry.lanes import Lanes
+from server.registry.moves import Moves
 from server.registry.quotas import Quota
 from server.registry.records import (
     Key,
@@ -42,7 +41,6 @@ from server.registry.records import (
 from server.registry.store import Staging, Store
 from server.registry.writers import Writers
 
-_log = logging.getLogger(__name__)
 _NO_QUOTA = Quota()
 Keys = list[Key]
 
@@ -66,7 +64,7 @@ class Registry:
         self._writers = Writers()
         self._catalogue = Catalogue(store, max_adapters)
         self._names = self._catalogue.names
-        self.lanes: Lanes | None = None  # none before the engine runs
+        self.moves = Moves(self._catalogue, base)
 
     def put(
         self,
@@ -131,7 +129,7 @@ class Registry:
                 after = with_version(before, draft, public=public, most=self._max_versions)
                 claimed = self._catalogue.claim(key) if public and before is None else nullcontext()
                 with self._catalogue.room(key, after, quota), claimed:
-                    self._take_over(key, after)
+                    self.moves.take_over(key, after)
                 return PutResult(after.now, created=before is None, changed=True)
 
     def expect(self, name: str, nbytes: int, *, quota: Quota, tenant: str = DEFAULT_TENANT) -> None:
@@ -183,7 +181,7 @@ class Registry:
             if wanted is None:
                 raise AdapterNotFound(f"the adapter {name} has no version {version}", param="version")
             if version != before.current:
-                self._take_over(key, replace(before, current=version))
+                self.moves.take_over(key, replace(before, current=version))
             return wanted
 
     def change(
@@ -209,30 +207,10 @@ class Registry:
             wanted = record if public is None else replace(record, public=public)
             with self._catalogue.claim(key) if public else nullcontext():
                 if merged is not None or pinned is not None:
-                    self._move(key, wanted, merged, pinned)
+                    self.moves.change(key, wanted, merged, pinned)
                 elif wanted != record:
                     self._catalogue.switch(key, wanted)
             return named(key, self._names.own(key))
-
-    def _move(self, key: Key, record: Record, merged: bool | None, pinned: bool | None) -> None:
-        """The lane's part of `change`: `record` is what is to be remembered, but for the lane."""
-        lanes, ref = self.lanes, ref_of(record.now, key[0])
-        assert lanes is not None
-        inside = lanes.inside(ref)
-        asked = merged is not None
-        merged = inside is not None if merged is None else merged
-        pinned = bool(inside) and merged if pinned is None else pinned
-        if pinned and not merged:
-            raise Conflict("only the copy of an adapter with a lane of its own can be pinned", param="pinned")
-        if merged:
-            known_base(self._base, record.now)
-            lanes.enter(ref, pinned)
-        if asked or merged:  # else there is nothing to pin, and the lane is as it was
-            record = replace(record, merged=merged, pinned=pinned)
-        if record != self._names.get(key):
-            self._remember(key, record, entered=merged and inside is None)
-        if asked and not merged:
-            self._leave(ref, asked=True)
 
     def wishes(self) -> Keys:
         """The names that are to have lanes of their own, the pinned ones first."""
@@ -241,14 +219,9 @@ class Registry:
 
     def enter_again(self, name: str, tenant: str = DEFAULT_TENANT) -> None:
         """Gives a name the lane that its record wants, if it still does, and nobody else's. Raises as `change`."""
-        key, lanes = key_of(tenant, name), self.lanes
-        assert lanes is not None
+        key = key_of(tenant, name)
         with self._writers.alone(key):
-            record = self._names.own(key)
-            ref = ref_of(record.now, tenant)
-            if record.merged and lanes.inside(ref) is None:
-                known_base(self._base, record.now)
-                lanes.enter(ref, record.pinned, keeps=True)
+            self.moves.enter_again(key)
 
     def withdraw_where(self, disabled: Callable[[str], bool]) -> None:
         """Nobody else has what an owner has published while it is `disabled`."""
@@ -260,7 +233,7 @@ class Registry:
             with self._writers.alone(key):
                 record = self._names.get(key)
                 if record is not None:
-                    self._leave(ref_of(record.now, tenant))
+                    self.moves.leave(ref_of(record.now, tenant))
 
     def delete(self, name: str, *, if_match: str | None = None, tenant: str = DEFAULT_TENANT) -> AdapterRef:
         """Forget a name and its history; bytes with leases stay until these are given back. What it was last."""
@@ -270,7 +243,7 @@ class Registry:
             check_preconditions(record.now.digest, if_match, None)
             self._catalogue.switch(key, None)
             last = ref_of(record.now, tenant)
-            self._leave(last)
+            self.moves.leave(last)
             return last
 
     def acquire(self, name: str, tenant: str = DEFAULT_TENANT) -> Lease:
@@ -299,32 +272,3 @@ class Registry:
     def snapshot(self) -> dict[Key, Record]:
         """What every tenant's names mean now."""
         return dict(self._catalogue.items())
-
-    def _take_over(self, key: Key, after: Record) -> None:
-        """Another version becomes current: one with a lane of its own is ready in its own before it is."""
-        before, lanes = self._names.get(key), self.lanes
-        old = ref_of(before.now, key[0]) if before is not None else None
-        pinned = lanes.inside(old) if lanes is not None and old is not None else None
-        if lanes is not None and pinned is not None:
-            known_base(self._base, after.now)
-            lanes.enter(ref_of(after.now, key[0]), pinned)
-        self._remember(key, after, entered=pinned is not None)
-        if old is not None:
-            self._leave(old, replaced=True)
-
-    def _remember(self, key: Key, after: Record, *, entered: bool) -> None:
-        """A lane that was `entered` for it is left again if that fails."""
-        try:
-            self._catalogue.switch(key, after)
-        except StorageFailure:
-            if entered:
-                self._leave(ref_of(after.now, key[0]))
-            raise
-
-    def _leave(self, ref: AdapterRef, *, asked: bool = False, replaced: bool = False) -> None:
-        """The change is made already: if the engine has ended, nobody is in any lane."""
-        try:
-            if self.lanes is not None:
-                self.lanes.leave(ref, asked=asked, replaced=replaced)
-        except OnebaseError as fault:
-            _log.info("%s: %s", ref.name, fault.message)

@@ -73,7 +73,7 @@ def test_a_disabled_tenant_gets_no_lane(admin, adapters):
     ann = admin.tenant()
     digest = put(ann, "late", adapters[0]).json()["digest"]
     admin.http.post(f"/admin/tenants/{ann.name}/disable")
-    lanes = admin.server.state.registry.lanes
+    lanes = admin.server.state.registry.moves.lanes
     with pytest.raises(Conflict) as refusal:
         lanes.enter(AdapterRef("late", 1, digest, 4, ann.name), False)
     assert refusal.value.code == "tenant_disabled"

@@ -140,7 +140,7 @@ class Lifecycle(RuleBasedStateMachine):
         self.state: State
         self.state, self.engine = build(Settings(**options), fresh_base(self.world.base))
         self.engine._emit = self.receive
-        self.lanes = self.state.registry.lanes = Lanes(self.engine)
+        self.lanes = self.state.registry.moves.lanes = Lanes(self.engine)
         self.engine.start()
         self.engine._turns.auto = AutoMerge(dear(), self.engine._merged, 0.5)
 

@@ -358,7 +358,7 @@ class ToldLanes:
 
 def test_lanes_are_told_whether_a_version_is_replaced_or_a_name_is_no_more(make):
     registry = make()
-    registry.lanes = lanes = ToldLanes()
+    registry.moves.lanes = lanes = ToldLanes()
     put(registry, "a", 1, "ann")
     put(registry, "a", 2, "ann")
     registry.rollback("a", 1, tenant="ann")
@@ -371,7 +371,7 @@ def test_a_copy_that_is_being_made_holds_up_nobody_elses_names(make):
     registry = make()
     put(registry, "a", 1, "ann")
     put(registry, "b", 1, "ann")
-    registry.lanes = lanes = SlowLanes("ann")
+    registry.moves.lanes = lanes = SlowLanes("ann")
     names = [f"n{number}" for number in range(198)] + ["a", "b"]
     with ThreadPoolExecutor(3) as pool:
         held = [pool.submit(put, registry, name, 2, "ann") for name in ("a", "b", "a")]
