@@ -32,10 +32,18 @@ Value = TypeVar("Value", bound=Counted)
 
 
 class Top(Generic[Name, Value]):
-    """`most` names have a value of their own, made by `make`; `other` is everybody else's. For one thread."""
+    """`most` names have a value of their own, made by `make`; `other` is everybody else's, and that of the name that
+    `other` goes by outside (`reserved`), if somebody is called so. For one thread."""
 
-    def __init__(self, most: int, make: Callable[[], Value], now: Callable[[], float] = monotonic):
-        self.most, self._make, self._now = most, make, now
+    def __init__(
+        self,
+        most: int,
+        make: Callable[[], Value],
+        now: Callable[[], float] = monotonic,
+        *,
+        reserved: Name | None = None,
+    ):
+        self.most, self._make, self._now, self._reserved = most, make, now, reserved
         self.other = make()
         self._named: dict[Name, Value] = {}
         self._scores: dict[Name, float] = {}  # decayed traffic of the named
@@ -55,6 +63,8 @@ class Top(Generic[Name, Value]):
 
     def of(self, name: Name, traffic: float) -> Value:
         """What to count `traffic`, more than nothing, of `name` in."""
+        if name == self._reserved:
+            return self.other
         weight = self._weight(traffic)
         if name in self._named:
             self._scores[name] += weight

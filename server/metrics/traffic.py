@@ -97,18 +97,18 @@ class Traffic:
     """The counters, for `most` names each. Used from one thread."""
 
     def __init__(self, most: int):
-        self.adapters: Top[tuple[str, str], AdapterTraffic] = Top(most, AdapterTraffic)
-        self.tenants: Top[str, TenantTraffic] = Top(most, TenantTraffic)
+        self.adapters: Top[tuple[str, str], AdapterTraffic] = Top(most, AdapterTraffic, reserved=(OTHER, OTHER))
+        self.tenants: Top[str, TenantTraffic] = Top(most, TenantTraffic, reserved=OTHER)
 
     def ended(self, tenant: str, adapter: str | None, done: Done, cost: int, prices: Prices) -> None:
         """A tenant's request has ended, and costs so many micro-dollars."""
         weight = 1.0 + done.prompt_tokens + done.completion_tokens
-        self._of(tenant, adapter or BASE, weight).count(done, cost)
-        self._of_tenant(tenant, weight).count(done, cost, prices)
+        self.adapters.of((tenant, adapter or BASE), weight).count(done, cost)
+        self.tenants.of(tenant, weight).count(done, cost, prices)
 
     def refused(self, tenant: str, code: str) -> None:
         """A tenant's request was over its own limits."""
-        self._of_tenant(tenant, 1.0).refused[code] += 1
+        self.tenants.of(tenant, 1.0).refused[code] += 1
 
     def shown(self) -> Shown:
         """As it is now."""
@@ -117,13 +117,6 @@ class Traffic:
         return Shown(
             [*adapters, ((OTHER, OTHER), _copy(self.adapters.other))], [*tenants, (OTHER, _copied(self.tenants.other))]
         )
-
-    def _of(self, tenant: str, adapter: str, weight: float) -> AdapterTraffic:
-        pair = tenant, adapter
-        return self.adapters.other if pair == (OTHER, OTHER) else self.adapters.of(pair, weight)
-
-    def _of_tenant(self, tenant: str, weight: float) -> TenantTraffic:
-        return self.tenants.other if tenant == OTHER else self.tenants.of(tenant, weight)
 
 
 def _copy(one: AdapterTraffic) -> AdapterTraffic:
