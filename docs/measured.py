@@ -51,7 +51,7 @@ def anatomy_table() -> str:
 def growth_table() -> str:
     """Milliseconds of a decode step of 16 rows, by kind of batch, with the ratios that follow."""
     runs = [json.loads((RESULTS / f"steps-{dtype}.json").read_text()) for dtype in ("float32", "bfloat16")]
-    head = ("a step of 16 rows", *(f"{run['dtype']}, ms" for run in runs))
+    head = ("a step of 16 rows, or of one", *(f"{run['dtype']}, ms" for run in runs))
     rows = [(name, *(f"{run['step_ms'][name]:.1f}" for run in runs)) for name in runs[0]["step_ms"]]
     shares = [(name, *(f"{run['ratios'][name]:.2f}" for run in runs)) for name in runs[0]["ratios"]]
     ratio = ("throughput as a share of the base's", *(run["dtype"] for run in runs))

@@ -38,7 +38,7 @@ from server.model.bundled import DEFAULT_DATA_DIR, materialise
 from server.model.loader import Base, load_base
 
 BLOCK, BLOCKS = 16, 3000
-CONTEXT, TURNS = 128, 25
+CONTEXT, TURNS = 128, 50
 PARTS = ("linear layers and head", "LoRA", "attention", "norms, sums and the MLP's product")
 # What a step calls by itself, beside the layers; the head's product counts its own time.
 ALONE = {"rms_norm": PARTS[3]}
@@ -46,12 +46,14 @@ ALONE = {"rms_norm": PARTS[3]}
 
 @dataclass(frozen=True)
 class Kind:
-    """A batch of `rows` sequences with `context` tokens; row i has adapter i modulo their number, None is the base."""
+    """A batch of `rows` sequences with `context` tokens; row i has adapter i modulo their number, None is the base. Or
+    all are on a copy of the base with one adapter `merged` in."""
 
     name: str
     rows: int
     adapters: tuple[Adapter | None, ...] = (None,)
     context: int = CONTEXT
+    merged: Adapter | None = None
 
 
 class Batch:
@@ -59,6 +61,7 @@ class Batch:
 
     def __init__(self, kind: Kind, base: Base, runner: Runner, loaded: dict[str, AdapterWeights]):
         self.kind, self.base, self._runner = kind, base, runner
+        self._copy = runner.merge(loaded[kind.merged.name]) if kind.merged else None
         self._scheduler = Scheduler(
             BlockPool(BLOCKS, BLOCK), max_batch_tokens=256, max_running=kind.rows, prefix_cache=False
         )
@@ -81,7 +84,7 @@ class Batch:
         """One step; its seconds."""
         start = time.perf_counter()
         work = self._scheduler.schedule()
-        choices = self._runner.run(work)
+        choices = self._runner.run(work, self._copy)
         self._scheduler.computed(work)
         for item, choice in choices:
             item.sequence.tokens.append(choice.token)
@@ -110,7 +113,7 @@ def measure(dtype: str, turns: int) -> dict[str, Any]:
     loaded: dict[str, AdapterWeights] = {}
 
     def batch(kind: Kind) -> Batch:
-        for adapter in kind.adapters:
+        for adapter in (*kind.adapters, kind.merged):
             if adapter and adapter.name not in loaded:
                 loaded[adapter.name] = read_adapter(
                     adapter.name, adapter.config(), bytearray(adapter.weights(folder)), base.info, base.dtype
@@ -155,6 +158,9 @@ def kinds() -> list[Kind]:
         Kind("ranks 8 to 64", 16, tuple(Adapter(at, (8, 16, 32, 64)[at % 4], "attention") for at in range(16))),
         *(Kind(f"{count} adapters", 16, some(count)) for count in (1, 4)),
         *(Kind(f"context {context}", 16, context=context) for context in (512, 1024)),
+        Kind("merged: all linear, rank 16", 16, merged=some(1, 16, "linear")[0]),
+        Kind("one row on the base", 1),
+        Kind("one row merged: all linear, rank 16", 1, merged=some(1, 16, "linear")[0]),
     ]
 
 
@@ -224,6 +230,8 @@ def ratios(cost: dict[str, float], base: Base, loaded: dict[str, AdapterWeights]
         found[f"base rows beside as many on {name} / base"] = cost["base"] / cost[f"half of the rows on {name}"]
         lora = sum(loaded[one.name].nbytes for one in some(count))
         found[f"base rows beside as many on {name}: what the bytes allow"] = read / (read + lora)
+    found["merged / base"] = cost["base"] / cost["merged: all linear, rank 16"]
+    found["one row merged / base"] = cost["one row on the base"] / cost["one row merged: all linear, rank 16"]
     return found
 
 
