@@ -113,6 +113,8 @@ def _steps(run: dict[str, Any]) -> Iterator[Bar]:
     for name, shown in BESIDE.items():
         reached = ratios[f"base rows beside as many on {name} / base"]
         yield Bar(f"{dtype}: 8 base rows beside 8 on {shown} / base alone, decode steps", reached, at, 0.97)
+    yield Bar(f"{dtype}: 16 of 16 rows merged / base, decode steps", ratios["merged / base"], at, 0.98)
+    yield Bar(f"{dtype}: one row merged / base, decode steps", ratios["one row merged / base"], at, 0.98)
 
 
 def _lanes(run: dict[str, Any]) -> Iterator[Bar]:
