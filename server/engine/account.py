@@ -17,14 +17,16 @@ def place(sequence: Sequence) -> tuple[bool, int]:
 class Account:
     """Kept while the tenant has work, and until what it had is made up for.
 
-    `counter` and `served` are priced tokens, the first over the weight; `unit` is the dearest token over the weight,
-    and `factor` what a token costs in this step over its price. `open` sequences wait or hold `rows` places and
-    `blocks`. `cursor` is the place of the last row in a step that did not take all.
+    `counter` and `served` are priced tokens, the first over the weight; `price` is that of its dearest token, `unit`
+    what such a one costs over the weight, and `factor` what a token costs in this step over its price. `open`
+    sequences wait or hold `rows` places and `blocks`. `cursor` is the place of the last row in a step that did not
+    take all.
     """
 
     name: str
     weight: float = 1.0
-    unit: float = 0.0
+    price: float = 0.0
+    unit: float = 1.0
     counter: float = 0.0
     factor: float = 1.0
     served: float = 0.0

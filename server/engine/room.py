@@ -72,16 +72,22 @@ class Room:
             if shares.of(one) is not owner and one.preempted < MOST:
                 lines.setdefault(shares.of(one), []).append(one)
         held = {tenant: (tenant.rows, tenant.blocks) for tenant in lines}
+
+        def left(tenant: Account) -> tuple[int, int]:
+            """What it holds without its latest arrival."""
+            rows, owned = held[tenant]
+            return rows - 1, owned - len(lines[tenant][-1].blocks)
+
         while lines and not self.fits(first, count, blocks):
             short = 0 if count >= self._max_running else 1
-            donor = max(lines, key=lambda one: held[one][short] / one.weight)
+            donor = max(lines, key=lambda one: left(one)[short] / one.weight)
+            wanted = (owner.rows + 1, owner.blocks + needed)[short]
+            if wanted / owner.weight > left(donor)[short] / donor.weight:
+                return []
+            held[donor] = left(donor)
             one = lines[donor].pop()
             if not lines[donor]:
                 del lines[donor]
-            held[donor] = held[donor][0] - 1, held[donor][1] - len(one.blocks)
-            wanted = (owner.rows + 1, owner.blocks + needed)[short]
-            if wanted / owner.weight > held[donor][short] / donor.weight:
-                return []
             victims.append(one)
             count -= 1
             blocks += len(one.blocks)

@@ -16,9 +16,13 @@ from server.engine.account import Account, place
 from server.engine.sequence import Sequence
 from server.engine.stats import ShareFigures
 
-# How far, in full steps of the dearest tokens, a tenant may be ahead of another and still be in its steps; and how far
-# behind the others one begins that comes back. It lets a few prompts through before the others have their turn.
+# How far, in full steps of its own dearest tokens, a tenant may be ahead of another and still be in its steps; and how
+# far behind the others, in full steps of the cheapest tenant's, one begins that comes back. It lets a few prompts
+# through before the others have their turn.
 AHEAD = 4.0
+# How much further ahead prompts may take a tenant that has few sequences open: they come before its own rows then,
+# which keep it at its bound. The prompts of one that floods would keep its rows out for ever.
+FIRST = 1.0
 # What a step costs beside its tokens, as a part of the largest step's tokens. Each tenant in a step is charged for it
 # as if it were alone there; else one row of one tenant would hold all the others to one row as well.
 OVERHEAD = 1 / 64
@@ -28,8 +32,8 @@ CONTEXT = 1 / 1024
 TOGETHER = 0.15
 # A token costs at least so much of the dearest there is, or one at no price would be served for ever.
 CHEAPEST = 0.01
-# How far a counter may be from the clock, in full steps. Further away is who was served in a lane of its own, or waited
-# for something else than its share.
+# How far a counter may be from the clock, in the same steps. Further away is who was served in a lane of its own, or
+# waited for something else than its share.
 FURTHEST = 16
 # For so many steps after several tenants had work, prompts are cut small: somebody may come back soon.
 LINGER = 64
@@ -49,13 +53,13 @@ class Shares:
         self._tenants: dict[str, Account] = {}
         self._busy: dict[str, Account] = {}  # those with work
         self._weights = 0.0  # of the busy
-        self._dearest = 1.0
-        self._step = 0.0  # a full step of the dearest tokens
-        self._slack = 0.0  # how far ahead one may be
+        self._dearest = 1.0  # the highest price of a token of theirs
+        self._step = 0.0  # a full step of the tenant to which that is the least
         self._sweep_at = _IDLE
         self._clock = 0.0  # what each tenant with work would have had by now, had all been served alike
         self._first: Account | None = None
-        self._limit = self._far = 0.0
+        self._limit = self._least = 0.0  # counters: of the first, and of who is furthest behind
+        self._reach = AHEAD  # how far ahead of the first one may be, in full steps
         self._piece = self._left = max(1, step_tokens // 4)
         self._quiet = LINGER  # steps since several tenants had work
 
@@ -79,11 +83,11 @@ class Shares:
         tenant = self._tenants.get(submit.tenant)
         if tenant is None:
             tenant = self._tenants[submit.tenant] = Account(submit.tenant)
-        unit = max(submit.prices.prompt, submit.prices.completion) / submit.weight
+        price = max(submit.prices.prompt, submit.prices.completion)
         if tenant.open == 0:
             self._join(tenant)
-        if tenant.open == 0 or unit > tenant.unit or submit.weight != tenant.weight:
-            tenant.unit, tenant.weight = unit, submit.weight
+        if tenant.open == 0 or price > tenant.price or submit.weight != tenant.weight:
+            tenant.price, tenant.weight = price, submit.weight
             self._changed()
         tenant.open += 1
 
@@ -150,10 +154,10 @@ class Shares:
         self._first, self._left = None, self._piece
         if self.contended:
             self._settle()
-            self._far = min(tenant.counter for tenant in self._busy.values()) + self._slack / 2
+            self._least = min(tenant.counter for tenant in self._busy.values())
         if len(wanted) > 1:
             self._first = first = min(wanted, key=_counter)
-            self._limit = first.counter + self._slack / (2 if first in prompts else 1)
+            self._limit, self._reach = first.counter, AHEAD / 2 if first in prompts else AHEAD
 
     def grant(self, sequence: Sequence, count: int) -> int:
         """How many of `count` tokens the sequence's tenant may have now; at least one, or none."""
@@ -162,8 +166,8 @@ class Shares:
         tenant = self.of(sequence)
         if tenant is self._first:
             return count
-        room = self._limit - tenant.counter
-        return 0 if room < 0 else min(count, 1 + int(room / (self._cost(tenant) * tenant.factor)))
+        room = self._limit + self._steps(tenant, self._reach) - tenant.counter
+        return 0 if room < 0 else min(count, 1 + int(room / (tenant.unit * tenant.factor)))
 
     def chunk(self, sequence: Sequence, count: int) -> int:
         """How many of `count` tokens of its prompt a sequence may have now. The prompts of all that are far ahead, or
@@ -223,7 +227,8 @@ class Shares:
     def due(self, sequence: Sequence) -> bool:
         """Whether its tenant is near enough to who is furthest behind to be in every step."""
         least = min(tenant.counter for tenant in self._busy.values())
-        return self.of(sequence).counter <= least + self._slack / 2
+        tenant = self.of(sequence)
+        return tenant.counter <= least + self._steps(tenant, AHEAD / 2)
 
     def figures(self) -> dict[str, ShareFigures]:
         """What each tenant that is known has had, and has open."""
@@ -231,13 +236,21 @@ class Shares:
         return {one.name: ShareFigures(one.served, len(one.waiting), one.rows, one.weight) for one in known}
 
     def _ahead(self, tenant: Account) -> bool:
-        return tenant.counter > self._far if self.contended else self._quiet < LINGER
+        if not self.contended:
+            return self._quiet < LINGER
+        return tenant.counter > self._least + self._steps(tenant, AHEAD / 2)
 
     def _open(self, tenant: Account) -> bool:
         """Whether its prompts may have anything of this step."""
-        if self._first is not None and tenant is not self._first and tenant.counter > self._limit:
-            return False
+        if self._first is not None and tenant is not self._first:
+            reach = self._reach + (FIRST if self._few(tenant) else 0.0)
+            if tenant.counter > self._limit + self._steps(tenant, reach):
+                return False
         return self._left > 0 or not self._ahead(tenant)
+
+    def _few(self, tenant: Account) -> bool:
+        """Whether all that it has open would be in its part of the places."""
+        return tenant.open * self._weights <= self._rows * tenant.weight
 
     def _head(self, tenant: Account, rest: Iterator[Sequence]) -> _Head | None:
         """The next one of a tenant's line, and what says who of all goes first."""
@@ -248,19 +261,20 @@ class Shares:
 
     def _charge(self, tenant: Account, price: float, tokens: int, reading: float = 1.0) -> None:
         tenant.served += price
-        cost, least = price / tenant.weight * reading, CHEAPEST * self._dearest * tokens
-        cost = (cost if cost > least else least) * tenant.factor
+        price, least = price * reading, CHEAPEST * self._dearest * tokens
+        cost = (price if price > least else least) / tenant.weight * tenant.factor
         tenant.counter += cost
         self._clock += cost * tenant.weight / self._weights
 
-    def _cost(self, tenant: Account) -> float:
-        return max(tenant.unit, CHEAPEST * self._dearest)
+    def _steps(self, tenant: Account, count: float) -> float:
+        """What so many full steps of its dearest tokens add to its counter."""
+        return count * self._step_tokens * tenant.unit
 
     def _join(self, tenant: Account) -> None:
         """It has work again."""
         if self._busy:
             self._settle()
-            tenant.counter = max(tenant.counter, self._clock - self._slack)
+            tenant.counter = max(tenant.counter, self._clock - AHEAD * self._step)
         else:
             tenant.counter = max(tenant.counter, self._clock)
         self._busy[tenant.name] = tenant
@@ -271,23 +285,25 @@ class Shares:
 
     def _changed(self) -> None:
         """Others have work than before, or at other prices."""
-        self._weights = sum(tenant.weight for tenant in self._busy.values())
-        self._dearest = max((tenant.unit for tenant in self._busy.values()), default=0.0) or 1.0
-        self._step = self._step_tokens * self._dearest
-        self._slack = AHEAD * self._step
+        busy = self._busy.values()
+        self._weights = sum(tenant.weight for tenant in busy)
+        self._dearest = max((tenant.price for tenant in busy), default=0.0) or 1.0
+        for tenant in busy:
+            tenant.unit = max(tenant.price, CHEAPEST * self._dearest) / tenant.weight
+        self._step = self._step_tokens * min((tenant.unit for tenant in busy), default=1.0)
 
     def _settle(self) -> None:
         """Keeps the clock and the counters of those with work near each other."""
         self._clock = max(self._clock, min(tenant.counter for tenant in self._busy.values()))
-        furthest = FURTHEST * self._step
         for tenant in self._busy.values():
-            tenant.counter = min(max(tenant.counter, self._clock - furthest), self._clock + furthest)
+            most = self._clock + self._steps(tenant, FURTHEST)
+            tenant.counter = min(max(tenant.counter, self._clock - FURTHEST * self._step), most)
 
     def _forget(self) -> None:
         """Drops who has no work and would not begin further ahead for being known."""
         if len(self._tenants) - len(self._busy) < self._sweep_at:
             return
-        start = self._clock - self._slack
+        start = self._clock - AHEAD * self._step
         self._tenants = {name: one for name, one in self._tenants.items() if one.open or one.counter > start}
         self._sweep_at = max(_IDLE, 2 * (len(self._tenants) - len(self._busy)))
 

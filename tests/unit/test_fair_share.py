@@ -48,6 +48,22 @@ def test_a_flood_leaves_the_other_tenant_its_share(other: str, flood: str, alone
     assert one.p99() <= 1.75 * alone[other].p99()
 
 
+@pytest.mark.parametrize("flood", FLOODS)
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize(("weight", "least"), [(0.01, 0.5), (1.0, 0.36)])
+def test_a_third_tenant_with_one_stream_takes_its_share_and_no_more(
+    other: str, flood: str, weight: float, least: float
+) -> None:
+    """However little it weighs, and though it is always the one that is furthest behind where it weighs as much."""
+    quiet, one, many = fresh(OTHERS[other]), fresh(OTHERS[other]), fresh(FLOODS[flood])
+    third = Load("third", prompt=64, out=4000, clients=1, weight=weight)
+    run(quiet, warm=6)
+    run(many, one, third, warm=6)
+    assert one.made >= least * quiet.made
+    assert one.p99() <= 2.6 * quiet.p99()
+    assert third.made > 0
+
+
 @pytest.mark.parametrize("kind", FLOODS)
 def test_equal_weights_get_equal_priced_tokens(kind: str) -> None:
     one, two = fresh(FLOODS["long"], name="one"), fresh(FLOODS[kind], name="two")
