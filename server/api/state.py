@@ -28,7 +28,7 @@ from server.settings import Settings
 from server.tenants.accounts import Accounts
 
 CHECKS_AT_ONCE = 2  # checking an upload is work for a core; the step loop needs the others
-PAGES_AT_ONCE = 4  # of usage: a large one takes tens of megabytes while it is made
+PAGES_AT_ONCE = 4  # of usage, and invoices: a large one takes tens of megabytes while it is made
 UPLOADS_AT_ONCE = 16  # each may fill the temporary directory and `staging/` with the largest upload
 
 
@@ -46,7 +46,8 @@ class State:
     """Everything an endpoint may reach. `accounts` are there while the server runs; `traces` is where they go, if
     anywhere; `activity` is by (owner, name); `reads` has the turns at long prompts; `uploads` bounds how many uploads
     are under way, `fetches` the threads that fetch some of them, `checks` how many are checked, `changes` the calls
-    that change a name, `pages` how many pages of usage are made. `responses` and `fairness` are for the metrics.
+    that change a name, `pages` how many pages of usage and invoices are made. `responses` and `fairness` are for the
+    metrics.
     """
 
     settings: Settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -21,6 +22,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 BUSY_SECONDS = 10  # for another writer on SQLite, for a connection to PostgreSQL
 COMMAND_SECONDS = 60  # after which a statement on PostgreSQL has failed
 CONNECTIONS = 8
+READERS = CONNECTIONS - 2  # at once: however many read, who writes the bill down finds a connection
 _WRITES = "onebase_writes"
 _MIGRATION_LOCK = 0x6F6E6562  # an arbitrary number that only this program locks
 
@@ -42,6 +44,7 @@ class Database:
         self.engine = engine
         self.dialect = engine.dialect.name
         self._claim = claim
+        self._readers = asyncio.Semaphore(READERS)
 
     @property
     def owned(self) -> bool:
@@ -50,8 +53,8 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """A connection whose reads see one state; nothing that it changes is kept."""
-        async with self.engine.connect() as connection:
+        """A connection whose reads see one state; nothing that it changes is kept. Waits while READERS others read."""
+        async with self._readers, self.engine.connect() as connection:
             if self.dialect == "postgresql":  # SQLite's transactions are like that anyway
                 await connection.execution_options(isolation_level="REPEATABLE READ")
             yield connection

@@ -1,14 +1,19 @@
 """Usage and invoices over HTTP, with AUTH on: what the answers cost is what is on the bill."""
 
+import asyncio
 import csv
 import io
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+from server.api.state import PAGES_AT_ONCE
+from server.tenants.invoice import invoice as made
 from tests.serving import refused, until
 from tests.tenancy import invoice
 
 
-def test_the_answers_costs_add_up_to_the_bill(admin, adapters):
+def test_the_answers_costs_add_up_to_the_bill(admin, adapters, monkeypatch):
+    monkeypatch.setattr("server.api.usage.GROUPS", 2)  # several parts make a page
     account, other = admin.tenant(), admin.tenant()
     for at, folder in enumerate(adapters):
         config = (folder / "adapter_config.json").read_bytes()
@@ -87,6 +92,27 @@ def test_csv_by_accept_or_by_format(admin):
         f"/v1/invoices/{month}", params={"format": "json"}, headers={"accept": "text/csv"}
     )
     assert json_after_all.json()["tenant"] == account.name
+
+
+def test_a_tenants_invoices_take_turns(admin, monkeypatch):
+    """And hold up no answer that is to be written down meanwhile."""
+    account, other, under_way, most = admin.tenant(), admin.tenant(), [], []
+
+    async def slowly(*parts):
+        under_way.append(parts)
+        most.append(len(under_way))
+        async with admin.server.state.accounts.database.read():
+            await asyncio.sleep(0.05)
+        under_way.pop()
+        return await made(*parts)
+
+    monkeypatch.setattr("server.api.usage.invoice", slowly)
+    with ThreadPoolExecutor(24) as pool:
+        bills = [pool.submit(invoice, account) for _ in range(24)]
+        other.costs(max_tokens=1)
+        assert not all(one.done() for one in bills)
+        assert {one.result()["tenant"] for one in bills} == {account.name}
+    assert max(most) <= PAGES_AT_ONCE // 2
 
 
 def test_not_ready_while_the_ledger_cannot_be_written(admin, monkeypatch):

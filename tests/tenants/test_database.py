@@ -10,7 +10,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, insert, select, text
 from sqlalchemy.exc import IntegrityError
 
-from server.tenants.database import Database, DatabaseUnusable, open_database
+from server.tenants.database import CONNECTIONS, READERS, Database, DatabaseUnusable, open_database
 from server.tenants.tables import keys, metadata, prices
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +105,27 @@ async def test_writers_wait_for_each_other(database: Database) -> None:
     await asyncio.gather(*(once() for _ in range(20)))
     async with database.read() as connection:
         assert await connection.scalar(select(prices.c.created_ms)) == 20
+
+
+async def test_however_many_read_a_writer_finds_a_connection(database: Database) -> None:
+    go, reading = asyncio.Event(), 0
+
+    async def read() -> None:
+        nonlocal reading
+        async with database.read() as connection:
+            await connection.scalar(select(prices.c.version))
+            reading += 1
+            await go.wait()
+
+    readers = [asyncio.create_task(read()) for _ in range(4 * CONNECTIONS)]
+    while reading < READERS:
+        await asyncio.sleep(0.01)
+    async with asyncio.timeout(5), database.write() as connection:
+        await connection.execute(insert(prices).values(BOOK))
+    assert reading == READERS
+    go.set()
+    await asyncio.gather(*readers)
+    assert reading == 4 * CONNECTIONS
 
 
 async def test_sqlite_is_durable_and_checks(tmp_path: object) -> None:
