@@ -32,6 +32,7 @@ class Stream:
         self.cached, self.made = 0, 0  # tokens of the prompt that were cached, and tokens made, so far
         self.reasons: dict[int, str] = {}  # why its answers ended, by index
         self.left = False  # whether its reader has gone
+        self.ended = False  # whether its Done has come
         self._events: asyncio.Queue[Delta | Done] = asyncio.Queue()
 
     async def __aiter__(self) -> AsyncIterator[Delta | Done]:
@@ -236,6 +237,9 @@ class EngineClient:
                 self._end(stream, event)
 
     def _end(self, stream: Stream, done: Done) -> None:
+        if stream.ended:  # the engine died as the request came to it, and both it and `submit` have ended it
+            return
+        stream.ended = True
         try:
             written = stream.on_done(done)
         except Exception as fault:  # the events of others come after it

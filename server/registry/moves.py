@@ -6,6 +6,7 @@ Whoever calls has the name to itself (writers.py).
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import replace
 
 from server.core import AdapterRef, BaseInfo
@@ -39,10 +40,10 @@ class Moves:
         if merged:
             known_base(self._base, record.now)
             lanes.enter(ref, pinned)
-        if asked or merged:  # else there is nothing to pin, and the lane is as it was
-            record = replace(record, merged=merged, pinned=pinned)
+        # Where nobody says which lane and it has lost its own, it wants the same one as before.
+        record = replace(record, merged=merged if asked or merged else record.merged, pinned=pinned)
         if record != self._catalogue.names.get(key):
-            self._remember(key, record, entered=merged and inside is None)
+            self._remember(key, record, inside=inside)
         if asked and not merged:
             self.leave(ref, asked=True)
 
@@ -64,7 +65,7 @@ class Moves:
         if lanes is not None and pinned is not None:
             known_base(self._base, after.now)
             lanes.enter(ref_of(after.now, key[0]), pinned)
-        self._remember(key, after, entered=pinned is not None)
+        self._remember(key, after, inside=None)
         if old is not None:
             self.leave(old, replaced=True)
 
@@ -76,11 +77,15 @@ class Moves:
         except OnebaseError as fault:
             _log.info("%s: %s", ref.name, fault.message)
 
-    def _remember(self, key: Key, after: Record, *, entered: bool) -> None:
-        """A lane that was `entered` for it is left again if that fails."""
+    def _remember(self, key: Key, after: Record, *, inside: bool | None) -> None:
+        """If that fails, its lane is as it was before: none, or pinned or not."""
         try:
             self._catalogue.switch(key, after)
         except StorageFailure:
-            if entered:
-                self.leave(ref_of(after.now, key[0]))
+            ref = ref_of(after.now, key[0])
+            if inside is None:
+                self.leave(ref)
+            elif self.lanes is not None:
+                with suppress(OnebaseError):  # the engine has ended
+                    self.lanes.enter(ref, inside)
             raise

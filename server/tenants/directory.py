@@ -174,7 +174,8 @@ class Directory:
 
         async def change() -> tuple[Key, str]:
             self.show(tenant)
-            if sum(item.tenant == tenant and self._lasts(item) for item, _ in self._keys.values()) >= MAX_KEYS:
+            self._keys = {name: item for name, item in self._keys.items() if self._lasts(item[0])}
+            if sum(item.tenant == tenant for item, _ in self._keys.values()) >= MAX_KEYS:
                 raise Conflict(f"a tenant has at most {MAX_KEYS} keys that are valid", code="too_many_keys")
             async with self._database.write() as connection:
                 await _insert_key(connection, key, made.digest)

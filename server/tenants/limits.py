@@ -61,8 +61,10 @@ class _Minute(RateLimitItemPerMinute):
 
 @dataclass(slots=True)
 class _Account:
-    """What one tenant does now: its parallel requests, and the money of its budget's window."""
+    """What one tenant does now: its parallel requests, and the money of its budget's window, whose length is that of
+    `limits`: those of a request may be older."""
 
+    limits: Limits
     window: Window
     turn: int = 0  # how often the money began anew
     running: int = 0
@@ -185,7 +187,9 @@ class Admission:
     def load(self, tenant: Tenant, spent: int) -> None:
         """Set what the tenant has spent in its present `budget_window`, micro-dollars: at the start, and after its
         `budget_duration` was changed. It is of requests that have ended; those that run are held back."""
-        self._account(tenant, int(self._clock() * 1000)).spent = spent
+        now_ms = int(self._clock() * 1000)
+        account = self._account(tenant, now_ms)
+        account.limits, account.window, account.spent = tenant.limits, budget_window(tenant.limits, now_ms), spent
 
     def _open(self, tenant: Tenant, tokens: int, adapter: str | None, now: float) -> _Account:
         """The tenant's account, if all its limits but the budget allow such a request."""
@@ -215,16 +219,13 @@ class Admission:
         return account
 
     def _account(self, tenant: Tenant, now_ms: int) -> _Account:
-        window = budget_window(tenant.limits, now_ms)
         account = self._accounts.get(tenant.id)
         if account is None:
-            account = self._accounts[tenant.id] = _Account(window)
-        elif account.window != window:
-            if account.window.end_ms is not None and now_ms >= account.window.end_ms:
-                account.spent, account.held, account.warned = 0, 0, None
-                account.turn += 1
-            # else the duration was changed: what was spent stays counted until `load` says better
-            account.window = window
+            account = self._accounts[tenant.id] = _Account(tenant.limits, budget_window(tenant.limits, now_ms))
+        elif account.window.end_ms is not None and now_ms >= account.window.end_ms:
+            account.spent, account.held, account.warned = 0, 0, None
+            account.turn += 1
+            account.window = budget_window(account.limits, now_ms)
         return account
 
     def _hold(self, tenant: Tenant, account: _Account, worst: int, least: int, now_ms: int) -> int:

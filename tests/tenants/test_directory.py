@@ -102,6 +102,10 @@ async def test_a_key_ends(database: Database) -> None:
     assert accepted(directory, second)
     await directory.revoke("acme", old.id)
     assert [key.revoked_ms for key in await directory.keys("acme") if key.id == old.id] == [START * 1000]
+    clock.now += 60
+    new, _ = await directory.create_key("acme", GENERATE)
+    held = {key.id for key, _ in directory._keys.values() if key.tenant == "acme"}
+    assert held == {new.id}, "one that has ended is not kept in memory"
 
 
 @pytest.mark.anyio

@@ -234,6 +234,25 @@ def test_a_changed_duration_keeps_what_was_spent() -> None:
     assert admission.budget_left(hourly) == 65
 
 
+def test_a_request_that_waited_across_a_change_of_the_duration_leaves_what_was_spent() -> None:
+    clock = Clock()
+    hourly = tenant(max_budget=100, budget_duration="1h")
+    daily = replace(hourly, limits=replace(hourly.limits, budget_duration="1d"))
+    admission = Admission([(hourly, 0)], clock=clock)
+    clock.now -= clock.now % 86400  # midnight
+    admission.load(daily, 100)
+    with pytest.raises(RateLimited):
+        admission.check(hourly, 1)
+    clock.now += 3600
+    assert admission.budget_left(daily) == 0
+    clock.now -= 7200  # the clock is set back over midnight, and forward again
+    assert admission.budget_left(daily) == 0
+    clock.now += 7200
+    assert admission.budget_left(daily) == 0
+    clock.now += 86400
+    assert admission.budget_left(daily) == 100
+
+
 def test_a_soft_budget_warns_once_a_window(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
     admission, who = Admission(clock=clock), tenant(soft_budget=10, budget_duration="1d")
