@@ -20,7 +20,7 @@ class Account:
     `counter` and `served` are priced tokens, the first over the weight; `price` is that of its dearest token, `unit`
     what such a one costs over the weight, and `factor` what a token costs in this step over its price. `open`
     sequences wait or hold `rows` places and `blocks`. `cursor` is the place of the last row in a step that did not
-    take all.
+    take all; `yields` says that they have left their last turn to its prompts.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Account:
     rows: int = 0
     blocks: int = 0
     cursor: tuple[bool, int] = (False, -1)
+    yields: bool = False
     waiting: list[Sequence] = field(default_factory=list)  # by place
 
     def turn(self, rows: list[Sequence], count: int) -> list[Sequence]:

@@ -20,9 +20,6 @@ from server.engine.stats import ShareFigures
 # far behind the others, in full steps of the cheapest tenant's, one begins that comes back. It lets a few prompts
 # through before the others have their turn.
 AHEAD = 4.0
-# How much further ahead prompts may take a tenant that has few sequences open: they come before its own rows then,
-# which keep it at its bound. The prompts of one that floods would keep its rows out for ever.
-FIRST = 1.0
 # What a step costs beside its tokens, as a part of the largest step's tokens. Each tenant in a step is charged for it
 # as if it were alone there; else one row of one tenant would hold all the others to one row as well.
 OVERHEAD = 1 / 64
@@ -61,6 +58,7 @@ class Shares:
         self._limit = self._least = 0.0  # counters: of the first, and of who is furthest behind
         self._reach = AHEAD  # how far ahead of the first one may be, in full steps
         self._piece = self._left = max(1, step_tokens // 4)
+        self._prompts: Collection[Account] = ()  # who has prompts under way
         self._quiet = LINGER  # steps since several tenants had work
 
     @property
@@ -151,7 +149,7 @@ class Shares:
         self._quiet = 0 if self.contended else self._quiet + 1
         for tenant, tokens in wanted.items():
             tenant.factor = 1 + OVERHEAD * self._step_tokens / max(1, min(tokens, self._step_tokens))
-        self._first, self._left = None, self._piece
+        self._first, self._left, self._prompts = None, self._piece, prompts
         if self.contended:
             self._settle()
             self._least = min(tenant.counter for tenant in self._busy.values())
@@ -194,6 +192,8 @@ class Shares:
         for tenant in sorted(by_tenant, key=_counter):
             own = by_tenant[tenant]
             count = self.grant(own[0], len(own))
+            if count and tenant is not self._first and self._yields(tenant):
+                continue
             picked += own if count == len(own) else tenant.turn(own, count)
         return picked
 
@@ -242,15 +242,17 @@ class Shares:
 
     def _open(self, tenant: Account) -> bool:
         """Whether its prompts may have anything of this step."""
-        if self._first is not None and tenant is not self._first:
-            reach = self._reach + (FIRST if self._few(tenant) else 0.0)
-            if tenant.counter > self._limit + self._steps(tenant, reach):
-                return False
+        bounded = self._first is not None and tenant is not self._first
+        if bounded and tenant.counter > self._limit + self._steps(tenant, self._reach):
+            return False
         return self._left > 0 or not self._ahead(tenant)
 
-    def _few(self, tenant: Account) -> bool:
-        """Whether all that it has open would be in its part of the places."""
-        return tenant.open * self._weights <= self._rows * tenant.weight
+    def _yields(self, tenant: Account) -> bool:
+        """Whether its rows leave this step to its prompts, every other time that it may have something, so that they do
+        not keep it at its bound for ever; that is, where all that it has open would be in its part of the places."""
+        few = tenant.open * self._weights <= self._rows * tenant.weight
+        tenant.yields = not tenant.yields and few and (bool(tenant.waiting) or tenant in self._prompts)
+        return tenant.yields
 
     def _head(self, tenant: Account, rest: Iterator[Sequence]) -> _Head | None:
         """The next one of a tenant's line, and what says who of all goes first."""
@@ -295,9 +297,12 @@ class Shares:
     def _settle(self) -> None:
         """Keeps the clock and the counters of those with work near each other."""
         self._clock = max(self._clock, min(tenant.counter for tenant in self._busy.values()))
+        # Who is behind must be able to be so by as much as any other may be ahead.
+        dearest = max(tenant.unit for tenant in self._busy.values())
+        behind = max(FURTHEST * self._step, AHEAD * self._step_tokens * dearest)
         for tenant in self._busy.values():
             most = self._clock + self._steps(tenant, FURTHEST)
-            tenant.counter = min(max(tenant.counter, self._clock - FURTHEST * self._step), most)
+            tenant.counter = min(max(tenant.counter, self._clock - behind), most)
 
     def _forget(self) -> None:
         """Drops who has no work and would not begin further ahead for being known."""

@@ -50,9 +50,9 @@ def test_a_flood_leaves_the_other_tenant_its_share(other: str, flood: str, alone
 
 @pytest.mark.parametrize("flood", FLOODS)
 @pytest.mark.parametrize("other", OTHERS)
-@pytest.mark.parametrize(("weight", "least"), [(0.01, 0.5), (1.0, 0.36)])
+@pytest.mark.parametrize(("weight", "least", "wait"), [(0.01, 0.5, 2.6), (1.0, 0.36, 6.0)])
 def test_a_third_tenant_with_one_stream_takes_its_share_and_no_more(
-    other: str, flood: str, weight: float, least: float
+    other: str, flood: str, weight: float, least: float, wait: float
 ) -> None:
     """However little it weighs, and though it is always the one that is furthest behind where it weighs as much."""
     quiet, one, many = fresh(OTHERS[other]), fresh(OTHERS[other]), fresh(FLOODS[flood])
@@ -60,8 +60,53 @@ def test_a_third_tenant_with_one_stream_takes_its_share_and_no_more(
     run(quiet, warm=6)
     run(many, one, third, warm=6)
     assert one.made >= least * quiet.made
-    assert one.p99() <= 2.6 * quiet.p99()
+    assert one.p99() <= wait * quiet.p99()
     assert third.made > 0
+
+
+def parts(*loads: Load) -> list[float]:
+    """What each has of its completion tokens alone, all beside each other."""
+    together = [fresh(load) for load in loads]
+    run(*together)
+    quiet = [fresh(load) for load in loads]
+    for load in quiet:
+        run(load)
+    return [one.made / other.made for one, other in zip(together, quiet, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("one", "flood"),
+    [
+        (Load("one", prompt=256, out=64, clients=1, weight=4.0), FLOODS["long"]),
+        (Load("one", prompt=64, out=16, clients=1, weight=10.0), FLOODS["long"]),
+        (Load("one", prompt=64, out=16, clients=1, weight=100.0), FLOODS["prompts"]),
+        (Load("one", prompt=64, out=16, clients=1), replace(FLOODS["long"], prices=Prices(8.0, 0.8, 16.0))),
+    ],
+)
+def test_weights_and_prices_hold_for_who_sends_one_request_at_a_time(one: Load, flood: Load) -> None:
+    """It has no work for an instant after each, and comes back."""
+    assert parts(one, flood)[0] >= 0.8
+
+
+@pytest.mark.parametrize("many", [Load("many", 256, 1, clients=32), Load("many", 1500, 1, clients=2)])
+def test_who_sends_prompts_alone_has_no_more_than_its_part(many: Load) -> None:
+    one, other = parts(Load("one", prompt=64, out=16, clients=1), many)
+    assert one >= 0.47
+    assert other >= 0.43
+
+
+@pytest.mark.parametrize(("chats", "short"), [(4, Load("t", 256, 1, clients=8)), (1, Load("t", 300, 1, clients=2))])
+def test_a_tenants_first_tokens_keep_its_other_answers_going(chats: int, short: Load) -> None:
+    """Beside a stream that is always the furthest behind; and they do not wait for its answers to end either."""
+    stream, chat, new = (
+        Load("stream", prompt=64, out=4000, clients=1),
+        Load("t", prompt=64, out=400, clients=chats),
+        fresh(short),
+    )
+    run(stream, chat, new)
+    assert chat.made >= 150 * chats
+    assert new.made >= 60
+    assert stream.made >= 1000
 
 
 @pytest.mark.parametrize("kind", FLOODS)
