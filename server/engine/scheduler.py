@@ -87,7 +87,7 @@ class Scheduler:
         self._begin(lane, first)
         work = self._fill(lane, chunk)
         if not work and self.shares.contended:  # who was behind could do nothing after all
-            self.shares.begin({})
+            self.shares.begin({}, {})
             work = self._fill(lane, chunk)
         return work
 
@@ -129,7 +129,7 @@ class Scheduler:
         """Says what each tenant could have in a step of the lane: for its running sequences, and for the `first` in
         line if that has room."""
         wanted: dict[Account, int] = {}
-        prompts: set[Account] = set()
+        prompts: dict[Account, bool] = {}
         if self.shares.contended:
             rows = [one for one in self.running if one.request.lane == lane]
             if first is not None and first.request.lane == lane:
@@ -138,7 +138,7 @@ class Scheduler:
                 tenant = self.shares.of(one)
                 wanted[tenant] = wanted.get(tenant, 0) + one.pending
                 if one.pending > 1:
-                    prompts.add(tenant)
+                    prompts[tenant] = prompts.get(tenant, True) and one.place[0]
         self.shares.begin(wanted, prompts)
 
     def _decodes(self, lane: str) -> list[Work]:

@@ -9,7 +9,7 @@ others have caught up. Nothing of it matters while one tenant alone has work.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from heapq import heapify, heappop, heapreplace
 
 from server.engine.account import Account, place
@@ -58,7 +58,7 @@ class Shares:
         self._limit = self._least = 0.0  # counters: of the first, and of who is furthest behind
         self._reach = AHEAD  # how far ahead of the first one may be, in full steps
         self._piece = self._left = max(1, step_tokens // 4)
-        self._prompts: Collection[Account] = ()  # who has prompts under way
+        self._prompts: Mapping[Account, bool] = {}  # who has prompts under way, and whether all are batch work
         self._quiet = LINGER  # steps since several tenants had work
 
     @property
@@ -142,10 +142,10 @@ class Shares:
                 sequence.charged = min(end, length)
         self._charge(self._tenants[submit.tenant], price, tokens, 1 + reading)
 
-    def begin(self, wanted: dict[Account, int], prompts: Collection[Account] = ()) -> None:
-        """A step begins in which these tenants could have so many tokens each, with `prompts` among them. Who is behind
-        may have all; the others as much as leaves them so far ahead of where that one is now, or half as far where a
-        prompt of that one is to be computed."""
+    def begin(self, wanted: Mapping[Account, int], prompts: Mapping[Account, bool]) -> None:
+        """A step begins in which these tenants could have so many tokens each, with `prompts` among them, which may all
+        be batch work. Who is behind may have all; the others as much as leaves them so far ahead of where that one is
+        now, or half as far where a prompt of that one is to be computed."""
         self._quiet = 0 if self.contended else self._quiet + 1
         for tenant, tokens in wanted.items():
             tenant.factor = 1 + OVERHEAD * self._step_tokens / max(1, min(tokens, self._step_tokens))
@@ -164,7 +164,7 @@ class Shares:
         tenant = self.of(sequence)
         if tenant is self._first:
             return count
-        room = self._limit + self._steps(tenant, self._reach) - tenant.counter
+        room = self._bound(tenant) - tenant.counter
         return 0 if room < 0 else min(count, 1 + int(room / (tenant.unit * tenant.factor)))
 
     def chunk(self, sequence: Sequence, count: int) -> int:
@@ -192,7 +192,7 @@ class Shares:
         for tenant in sorted(by_tenant, key=_counter):
             own = by_tenant[tenant]
             count = self.grant(own[0], len(own))
-            if count and tenant is not self._first and self._yields(tenant):
+            if count and tenant is not self._first and self._yields(tenant, own[0]):
                 continue
             picked += own if count == len(own) else tenant.turn(own, count)
         return picked
@@ -242,16 +242,23 @@ class Shares:
 
     def _open(self, tenant: Account) -> bool:
         """Whether its prompts may have anything of this step."""
-        bounded = self._first is not None and tenant is not self._first
-        if bounded and tenant.counter > self._limit + self._steps(tenant, self._reach):
+        if self._first is not None and tenant is not self._first and tenant.counter > self._bound(tenant):
             return False
         return self._left > 0 or not self._ahead(tenant)
 
-    def _yields(self, tenant: Account) -> bool:
-        """Whether its rows leave this step to its prompts, every other time that it may have something, so that they do
-        not keep it at its bound for ever; that is, where all that it has open would be in its part of the places."""
+    def _bound(self, tenant: Account) -> float:
+        """As far as its counter may be to have anything of this step, if it is not the first."""
+        return self._limit + self._steps(tenant, self._reach)
+
+    def _yields(self, tenant: Account, row: Sequence) -> bool:
+        """Whether its rows, of which that is the most urgent, leave this step to its prompts. Where it is far ahead
+        they do every other time, or they would keep it at its bound; but only where all that it has open would be in
+        its part of the places, and not to batch work."""
         few = tenant.open * self._weights <= self._rows * tenant.weight
-        tenant.yields = not tenant.yields and few and (bool(tenant.waiting) or tenant in self._prompts)
+        batch = [one.place[0] for one in tenant.waiting[:1]]
+        if tenant in self._prompts:
+            batch.append(self._prompts[tenant])
+        tenant.yields = not tenant.yields and few and self._ahead(tenant) and any(one <= row.place[0] for one in batch)
         return tenant.yields
 
     def _head(self, tenant: Account, rest: Iterator[Sequence]) -> _Head | None:

@@ -93,6 +93,28 @@ def test_who_reads_more_context_is_further_ahead_but_has_been_served_no_more() -
     assert after["long"] - before["long"] == after["short"] - before["short"] > 0
 
 
+@pytest.mark.parametrize("batch", [False, True])
+def test_rows_of_who_is_ahead_take_turns_with_its_prompts_but_not_with_batch_work(batch: bool) -> None:
+    scheduler = scheduler_of(running=64, blocks=2000)
+    behind, ahead = row(0, 4, "behind"), row(1, 4, "ahead")
+    for one in (behind, ahead):
+        scheduler.add(one)
+        step(scheduler)
+    scheduler.add(row(2, 1000, "ahead", batch=batch))
+    shares, seen = scheduler.shares, list[list[int]]()
+    for _ in range(4):
+        shares.of(ahead).counter = shares.of(behind).counter + 0.75 * AHEAD * STEP
+        seen.append(sorted(orders(scheduler.schedule())))
+        for one in (behind, ahead):
+            one.computed = len(one.tokens)
+            one.tokens.append(0)
+    if batch:
+        assert all({0, 1} <= set(found) for found in seen)
+    else:
+        assert [1 in found for found in seen] == [False, True, False, True]
+        assert all({0, 2} <= set(found) for found in seen if 1 not in found)
+
+
 @pytest.mark.parametrize("prefix_cache", [False, True])
 def test_a_prompt_is_charged_once_a_request(prefix_cache: bool) -> None:
     scheduler = scheduler_of(prefix_cache=prefix_cache, blocks=200)
