@@ -62,7 +62,7 @@ TENANT = {
     "customer": "what the billing system calls it, where that is not `id`",
     "disabled": "whether its keys are refused; `PATCH` only",
     "limits.rpm_limit": "requests a minute",
-    "limits.tpm_limit": "tokens a minute, prompt + max_tokens; what was not used is given back at the end",
+    "limits.tpm_limit": "tokens a minute, prompt + `n` times max_tokens; what was not used is given back at the end",
     "limits.max_parallel_requests": "requests that run at once",
     "limits.max_budget": "micro-dollars of a `budget_duration`; what requests cost, not storage",
     "limits.soft_budget": "micro-dollars after which the log warns",

@@ -28,7 +28,8 @@ def kind_of(prop: dict[str, Any]) -> str:
         size = _between(prop.get("minItems"), prop.get("maxItems"))
         return f"list of {size}: {kind_of(prop['items'])}"
     if kind == "string" and "pattern" in prop:
-        return f"text `{prop['pattern'].strip('^$')}`"
+        longest = f", {_between(prop.get('minLength'), prop['maxLength'])} characters" if "maxLength" in prop else ""
+        return f"text `{prop['pattern'].strip('^$')}`{longest}"
     if kind == "string":
         return f"text of {_between(prop.get('minLength'), prop.get('maxLength'))} characters"
     return f"{kind} {bounds_of(prop)}".strip()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, WrapValidator, model_validator
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import ValidatorFunctionWrapHandler
 
 from server.api.schemas import AdapterName, Strict
 from server.errors import InvalidRequest
@@ -26,7 +28,19 @@ RankClass = Annotated[
 ]
 RankClasses = Annotated[list[RankClass], Field(min_length=1, max_length=MAX_CLASSES)]
 Priorities = Annotated[list[Literal["interactive", "batch"]], Field(min_length=1, max_length=2)]
-Moment = Annotated[str, StringConstraints(min_length=1, max_length=40)] | Annotated[float, Field(ge=0, lt=2**43)]
+
+
+def _moment(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:  # which tells of each kind by itself
+        raise PydanticCustomError("moment", "must be ISO 8601 or seconds since 1970, from 0 on") from None
+
+
+Moment = Annotated[
+    Annotated[str, StringConstraints(min_length=1, max_length=40)] | Annotated[float, Field(ge=0, lt=2**43)],
+    WrapValidator(_moment),
+]
 _NULLABLE = {"max_adapters", "max_adapter_bytes", "max_merged_bytes", "customer"}
 
 

@@ -26,12 +26,13 @@ errors = Console(stderr=True)
 
 def call(method: str, url: str, key: str | None, path: str, **more: Any) -> Any:
     """The answer's JSON, or its text where it is CSV. What goes wrong is said on stderr, with exit status 1."""
+    if key and not (key.isascii() and key.isprintable()):
+        raise failed("the key has characters that no key has: a line's end, say")
     headers = more.pop("headers", {}) | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         response = httpx.request(method, url.rstrip("/") + path, timeout=300, headers=headers, **more)
-    except (httpx.HTTPError, httpx.InvalidURL, UnicodeEncodeError) as fault:
-        reason = "the key is no ASCII text" if isinstance(fault, UnicodeEncodeError) else fault
-        raise failed(f"no answer from {url}: {reason}") from None
+    except (httpx.HTTPError, httpx.InvalidURL) as fault:
+        raise failed(f"no answer from {url}: {fault}") from None
     try:
         if response.is_success and response.headers.get("content-type", "").startswith("text/csv"):
             return response.text

@@ -48,8 +48,8 @@ def change(
     classes: Classes = None,
     yes: Yes = False,
 ) -> None:
-    """Changes what the options name, for requests that come from now on; the rest stays. Asks first when a price grows
-    more than tenfold."""
+    """Changes what the options name, for requests that come from now on, and from the next day (UTC) on for what is
+    stored and merged; the rest stays. Asks first when a price grows more than tenfold."""
     given = {
         "prompt": prompt,
         "cached": cached,

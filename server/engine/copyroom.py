@@ -69,7 +69,8 @@ class CopyRoom:
                 gone.append(one)
                 excess -= one.nbytes
         if excess > 0:
-            raise self._exceeded(held, nbytes)
+            alone = held.part is not None and held.part >= self.most  # its part is all that there is
+            raise self._full(held, nbytes) if alone else self._exceeded(held, nbytes)
         missing = nbytes - held.nbytes - (self.most - sum(one.nbytes for one in self._all))
         missing -= sum(one.nbytes for one in gone)
         rest = [one for one in idle if one not in gone]

@@ -98,6 +98,10 @@ def test_keys_are_made_listed_and_revoked(admin):
     assert "2100-01-01 00:00:00Z" in table, "a time that people read"
     assert admin("tenants", "keys", "revoke", "gamma", made["id"], "--json") == {"revoked": made["id"]}
     assert "401" in run("adapters", "list", env=own.env).stderr
+    for odd in (made["token"] + "\n", "ob_\u00fc"):
+        said = run("adapters", "list", env=own.env | {"ONEBASE_KEY": odd}).stderr
+        assert "no key has" in said
+        assert odd.strip() not in said
 
 
 def test_the_price_book_is_shown_and_changed(admin, acme):

@@ -391,6 +391,16 @@ def test_a_lost_lane_is_told_until_it_is_back_or_given_up(wide: Desk) -> None:
     assert "MERGED_BYTES" in wide.copies.notes["bob", "b"], "it had a lane before the restart"
 
 
+def test_a_tenant_that_may_have_all_of_it_is_told_of_what_there_is(wide: Desk) -> None:
+    most = wide.copies.most
+    for at in range(most // SIZE):
+        assert ask(wide, of("ann", f"a{at}"), pinned=True, part=most) is None
+    refused = ask(wide, of("ann", "more"), part=most)
+    assert refused is not None
+    assert refused.code == "merged_full"
+    assert f"MERGED_BYTES is {most}" in refused.message
+
+
 def test_one_that_nobody_asked_for_counts_from_when_somebody_does(wide: Desk) -> None:
     wide.copies.volunteer(of("ann", "a"), "alone")
     wide.handle()
