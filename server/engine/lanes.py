@@ -94,7 +94,7 @@ class _Merged:
     """The merged lanes among each other, by the tenants whose requests are in them.
 
     A step is charged to the tenant whose turn it was, whoever else has rows in it: what each has of the steps of one
-    lane is settled there (shares.py). So every tenant with work in some lane has its turns, however far the others
+    lane is settled there (counters.py). So every tenant with work in some lane has its turns, however far the others
     that it shares the lane with may be ahead or behind.
     """
 

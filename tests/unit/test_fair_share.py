@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from server.engine.counters import AHEAD
 from server.engine.messages import Prices
-from server.engine.shares import AHEAD
 from tests.modelled import Load, run
 
 FLOODS = {

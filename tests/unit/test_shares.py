@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine import shares
+from server.engine import counters
 from server.engine.blocks import BlockPool
+from server.engine.counters import AHEAD, CONTEXT
 from server.engine.lanes import SHARED
 from server.engine.messages import Prices, Sampling, Submit
 from server.engine.room import MOST
 from server.engine.scheduler import Scheduler
-from server.engine.shares import AHEAD, CONTEXT
 from tests.firstcome import FirstCome
 from tests.unit.test_scheduler import SIZE, FakeRequest, FakeSequence, FakeSubmit, finish, orders, scheduler_of, step
 
@@ -277,7 +277,7 @@ def test_counters_start_again_without_changing_the_schedule(monkeypatch: pytest.
         return steps, scheduler.shares._clock
 
     plain, clock = play()
-    monkeypatch.setattr(shares, "_REBASE", 2.0)
+    monkeypatch.setattr(counters, "_REBASE", 2.0)
     again, low = play()
     assert again == plain
     assert low < clock / 2

@@ -50,6 +50,7 @@ LIGHT_MODULES = [
     "server.machine",
     "server.settings",
     "server.engine.blocks",
+    "server.engine.counters",
     "server.engine.messages",
     "server.engine.scheduler",
     "server.engine.sequence",
